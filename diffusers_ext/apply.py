@@ -1,0 +1,202 @@
+"""`apply(target, *configs)`: put methods on a pipeline or model, take them off again, ask beforehand whether they fit.
+
+A method that is applied (cache, attention, guidance...) is a frozen dataclass that derives from `MethodConfig` and
+implements two things: `check` (may it run here?) and `attach` (do it, return the undo).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+__all__ = ["Applied", "Attachment", "MethodConfig", "Preflight", "apply", "check", "denoiser_of", "remove"]
+
+logger = logging.getLogger(__name__)
+_ACTIVE = "_diffusers_ext_active"
+
+
+def denoiser_of(target: Any) -> torch.nn.Module:
+    """The UNet or transformer of a pipeline; a model is returned as it is.
+
+    Args:
+        target: `DiffusionPipeline` with a `unet` or `transformer`, or the model itself.
+    """
+    if isinstance(target, torch.nn.Module):
+        return target
+    for name in ("unet", "transformer"):
+        model = getattr(target, name, None)
+        if isinstance(model, torch.nn.Module):
+            return model
+    raise TypeError(
+        f"cannot apply a method to {type(target).__name__}: give a diffusers pipeline with a `unet` or `transformer`, "
+        "or the model itself"
+    )
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `MethodConfig.attach` returns: how to undo it and what it has measured so far.
+
+    Args:
+        remove: Restores the target bit-exactly.
+        summary: Figures of the last run, e.g. `{"steps": 50, "reused": 40}`.
+    """
+
+    remove: Callable[[], None]
+    summary: Callable[[], Mapping[str, Any]] = dict
+
+
+class MethodConfig:
+    """Base of every config that `apply` accepts. Subclasses are frozen dataclasses usable without arguments."""
+
+    def check(self, target: Any, num_inference_steps: int | None = None) -> tuple[str, ...]:
+        """Raise `ValueError`/`TypeError` if the method cannot run on `target`; return warnings otherwise."""
+        return ()
+
+    def attach(self, target: Any) -> Attachment:
+        """Install the method. On failure the target must be as before."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement attach()")
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Answer of `check`: `ok`, and what was found."""
+
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass
+class Applied:
+    """Handle on applied methods. A context manager: leaving the block removes them.
+
+    Example:
+        >>> with diffusers_ext.apply(pipe, diffusers_ext.DeepCacheConfig(cache_interval=3)) as handle:
+        ...     image = pipe("a red circle").images[0]
+        ...     print(handle.summary())
+    """
+
+    target: Any
+    attachments: list[tuple[MethodConfig, Attachment]] = field(default_factory=list)
+
+    def remove(self) -> None:
+        """Take the methods off, last one first. Calling it again does nothing."""
+        while self.attachments:
+            config, attachment = self.attachments.pop()
+            attachment.remove()
+            _forget(denoiser_of(self.target), config)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Figures of the last run by method slug."""
+        return {config.method.slug: dict(attachment.summary()) for config, attachment in self.attachments}
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.remove()
+
+
+def _active(model: torch.nn.Module) -> list[tuple[MethodConfig, Applied]]:
+    return model.__dict__.get(_ACTIVE, [])
+
+
+def _forget(model: torch.nn.Module, config: MethodConfig) -> None:
+    left = [(c, a) for c, a in _active(model) if c is not config]
+    if left:
+        model.__dict__[_ACTIVE] = left
+    else:
+        model.__dict__.pop(_ACTIVE, None)
+
+
+def _conflict(config: MethodConfig, others: list[MethodConfig]) -> str | None:
+    mine = config.method
+    for other in (c.method for c in others):
+        if other.slug == mine.slug:
+            return f"{mine.slug} is already applied to this model: remove it first (handle.remove() or remove(target))"
+        if other.slug in mine.conflicts or mine.slug in other.conflicts:
+            return f"{mine.slug} cannot be combined with {other.slug}, which is active: remove one of them"
+    return None
+
+
+def _checked(config: MethodConfig, target: Any, others: list[MethodConfig], steps: int | None) -> tuple[str, ...]:
+    if not isinstance(config, MethodConfig) or not hasattr(config, "method"):
+        raise TypeError(
+            f"{config!r} is not a method config; pass objects such as DeepCacheConfig() "
+            "(diffusers_ext.list_methods() shows all)"
+        )
+    problem = _conflict(config, others)
+    if problem:
+        raise ValueError(problem)
+    return config.check(target, num_inference_steps=steps)
+
+
+def check(target: Any, *configs: MethodConfig, num_inference_steps: int | None = None) -> Preflight:
+    """Would `apply(target, *configs)` work? Nothing is changed.
+
+    Args:
+        target: Pipeline or model.
+        configs: Method configs, in the order they would be applied.
+        num_inference_steps: Steps of the planned run; lets methods warn when it has too few to help.
+
+    Returns:
+        `Preflight` with `ok`, `errors` and `warnings`.
+    """
+    errors, warnings = [], []
+    others = [c for c, _ in _active(denoiser_of(target))]
+    for config in configs:
+        try:
+            warnings += _checked(config, target, others, num_inference_steps)
+            others.append(config)
+        except (ValueError, TypeError) as error:
+            errors.append(str(error))
+    return Preflight(tuple(errors), tuple(warnings))
+
+
+def apply(target: Any, *configs: MethodConfig, num_inference_steps: int | None = None) -> Applied:
+    """Put one or more methods on a pipeline or model.
+
+    Args:
+        target: `DiffusionPipeline`, UNet or transformer.
+        configs: Method configs; applied in this order, removed in reverse.
+        num_inference_steps: Steps of the planned run, for the same warnings as `check`.
+
+    Returns:
+        `Applied` handle with `.remove()` and `.summary()`; also a context manager.
+
+    Raises:
+        ValueError: Unsupported model, conflicting or repeated method. The target is left untouched.
+        TypeError: Not a method config, or not a pipeline or model.
+    """
+    model = denoiser_of(target)
+    handle = Applied(target)
+    try:
+        for config in configs:
+            others = [c for c, _ in _active(model)]
+            for warning in _checked(config, target, others, num_inference_steps):
+                logger.warning(warning)
+            handle.attachments.append((config, config.attach(target)))
+            model.__dict__[_ACTIVE] = [*_active(model), (config, handle)]
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def remove(target: Any) -> None:
+    """Take every method of this package off `target` (last applied first)."""
+    model = denoiser_of(target)
+    while _active(model):
+        _active(model)[-1][1].remove()
