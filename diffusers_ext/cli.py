@@ -1,0 +1,248 @@
+"""`diffusers-ext`: the catalogue from a terminal.
+
+Commands print to stdout and return 0; what goes wrong is one line on stderr and a non-zero exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .registry import MethodRecord, get_method, list_methods, unknown
+
+
+__all__ = ["main", "preflight", "workflow_path"]
+
+_PACKAGE = Path(__file__).parent
+_CHECKOUT = _PACKAGE.parent
+REPOSITORY = "https://github.com/diffusers-ext/diffusers-ext"
+
+
+def workflow_path(name: str) -> Path:
+    """File of a shipped ComfyUI workflow.
+
+    Args:
+        name: Slug such as `"deepcache"`, or the path of any workflow file.
+
+    Raises:
+        ValueError: No such file and no shipped workflow of that name; the message names the nearest one.
+    """
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise ValueError(f"there is no file {name}; give a workflow file, or one of: {', '.join(_workflows())}")
+        return Path(name)
+    files = _workflows()
+    if name not in files:
+        raise ValueError(unknown("workflow", name, files))
+    return files[name]
+
+
+def _workflows() -> dict[str, Path]:
+    """Shipped workflows by name: beside the package in a checkout, inside it when installed from a wheel."""
+    folders = (_PACKAGE / "_workflows", _CHECKOUT / "workflows")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+
+
+def _load_model(name: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    from . import zoo
+
+    folder = Path(name)
+    if not folder.exists():
+        if any(sep in name for sep in "/\\."):
+            raise ValueError(f"there is no model folder {name}; give a folder saved by save_pretrained, or a zoo name")
+        return zoo.load(name)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{name} holds no model_index.json: give the folder that save_pretrained wrote")
+    try:
+        return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = _one_line(error)
+        raise ValueError(
+            f"cannot load {name}: {reason}. Files are missing or damaged: save or fetch it again"
+        ) from error
+
+
+def _prediction(pipe: Any) -> str:
+    """Prediction type of a pipeline as records name it."""
+    config = pipe.scheduler.config
+    if "prediction_type" in config and not config.get("use_flow_sigmas"):
+        return config["prediction_type"]
+    return "flow_prediction"
+
+
+def preflight(record: MethodRecord, pipe: Any, num_inference_steps: int | None = None):
+    """Would this method work on this pipeline? Nothing is changed.
+
+    Args:
+        record: Method of the catalogue.
+        pipe: `DiffusionPipeline`.
+        num_inference_steps: Steps of the planned run.
+
+    Returns:
+        `diffusers_ext.Preflight` with `ok`, `errors` and `warnings`.
+    """
+    from .apply import MethodConfig, Preflight, check
+
+    public = record.public
+    if issubclass(public, MethodConfig):
+        return check(pipe, public(), num_inference_steps=num_inference_steps)
+    prediction = _prediction(pipe)
+    if prediction not in record.predictions:
+        accepted = ", ".join(record.predictions)
+        return Preflight((f"{record.slug} does not support {prediction} models; it supports: {accepted}",))
+    try:
+        if record.kind == "scheduler":
+            public.from_config(pipe.scheduler.config)
+        elif record.kind == "pipeline":
+            public.from_pipe(pipe)
+    except (ValueError, TypeError) as error:
+        return Preflight((_one_line(error),))
+    return Preflight()
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _list(args: argparse.Namespace) -> int:
+    everything = list_methods()
+    for field in ("family", "kind"):
+        given, known = getattr(args, field), {getattr(r, field) for r in everything}
+        if given is not None and given not in known:
+            raise ValueError(unknown(field, given, known))
+    chosen = list_methods(family=args.family, kind=args.kind)
+    rows = [(r.slug, r.family, r.kind, r.summary) for r in chosen]
+    print(_table([("METHOD", "FAMILY", "KIND", "WHAT YOU GET"), *rows]) if rows else "no method matches both filters")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    record = get_method(args.slug)
+    claim = record.claim
+    rows = [
+        ("paper", f"{record.title}, {record.paper_url}"),
+        ("what", record.summary),
+        ("family", f"{record.family} ({record.kind})"),
+        ("python", f"diffusers_ext.{record.public.__name__}"),
+        ("targets", ", ".join(record.targets)),
+        ("predictions", ", ".join(record.predictions)),
+        ("not with", ", ".join(record.conflicts) or "-"),
+        ("nodes", ", ".join(record.nodes)),
+        ("workflow", record.workflow),
+        ("docs", record.docs),
+        ("claim", f"{claim.text}: {claim.value:g} {claim.unit} ({claim.setting})"),
+    ]
+    print(_table([(record.slug, ""), *rows]))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    record = get_method(args.slug)
+    answer = preflight(record, _load_model(args.model), args.steps)
+    for warning in answer.warnings:
+        print(f"warning: {warning}")
+    if not answer.ok:
+        raise ValueError(f"{record.slug} cannot run on {args.model}: {'; '.join(answer.errors)}")
+    print(f"{record.slug} runs on {args.model}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    demo.run(Path(args.out), quick=args.quick, fresh=args.fresh, sheet=args.sheet and Path(args.sheet))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .comfy_client import run_workflow
+
+    pictures = run_workflow(workflow_path(args.workflow), url=args.url, comfyui=args.comfyui, output_dir=args.out)
+    print("\n".join(str(path) for path in pictures))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    script = _CHECKOUT / "benchmarks" / "run.py"
+    if not script.is_file():
+        raise ValueError(f"benchmarks are not part of the installed package: clone {REPOSITORY} and run it there")
+    if args.slug != "all":
+        get_method(args.slug)
+    return runpy.run_path(str(script))["main"]([args.slug])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diffusers-ext", description="Diffusion papers as drop-in methods.")
+    parser.add_argument("--version", action="version", version=f"diffusers-ext {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("list", _list, "list the methods of the catalogue")
+    sub.add_argument("--family", help="only this family, e.g. caching")
+    sub.add_argument("--kind", help="only this kind, e.g. scheduler")
+    command("show", _show, "show everything about one method").add_argument("slug")
+    sub = command("check", _check, "would a method work on a model?")
+    sub.add_argument("slug")
+    sub.add_argument("model", help="folder saved by save_pretrained, or shapes-unet | shapes-unet-eps | shapes-dit")
+    sub.add_argument("--steps", type=int, help="steps of the planned run")
+    sub = command("demo", _demo, "render with the shipped models and compare the methods; continues where it stopped")
+    sub.add_argument("--out", default="outputs/demo", help="folder of the pictures (default: %(default)s)")
+    sub.add_argument("--quick", action="store_true", help="fewer pictures")
+    sub.add_argument("--fresh", action="store_true", help="forget finished rows and start again")
+    sub.add_argument("--sheet", help="also write the contact sheet to this PNG file")
+    sub = command("run", _run, "run a ComfyUI workflow and save its pictures")
+    sub.add_argument("workflow", help="name of a shipped workflow, or a file")
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("--comfyui", help="ComfyUI folder to start a server from")
+    where.add_argument("--url", help="address of a running server, e.g. http://127.0.0.1:8188")
+    sub.add_argument("--out", default="outputs", help="folder of the pictures (default: %(default)s)")
+    command("bench", _bench, "measure a method beside its peers").add_argument("slug", help="method, or all")
+    return parser
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.split())[:600].rstrip(". ")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code (0 done, 1 failed, 130 interrupted; usage errors exit with 2)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except KeyboardInterrupt:
+        print(
+            "diffusers-ext: interrupted; run the same command again (demo continues where it stopped)", file=sys.stderr
+        )
+        return 130
+    except PermissionError as error:
+        print(
+            f"diffusers-ext: no permission to write {error.filename}: choose another place, e.g. --out",
+            file=sys.stderr,
+        )
+        return 1
+    except Exception as error:
+        if args.traceback:
+            raise
+        expected = isinstance(error, (ValueError, TypeError, RuntimeError, OSError, ImportError))
+        hint = "" if expected else f" ({type(error).__name__}; diffusers-ext --traceback ... shows where)"
+        print(f"diffusers-ext: {_one_line(error)}{hint}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
