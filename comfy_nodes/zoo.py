@@ -1,0 +1,44 @@
+"""Small trained models that ship with the pack: pictures without a download."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+
+class DXLoadShapes(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DXLoadShapes",
+            display_name="Load Shapes Model",
+            category="diffusers-ext/zoo",
+            description="Loads a small trained text-to-image model that ships with this pack. It draws 64 x 64 "
+            "pictures of coloured shapes on a CPU in about a second: try a method without a download.",
+            search_aliases=["tiny model", "test model", "shapes", "checkpoint", "diffusers-ext"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=["shapes-unet", "shapes-unet-eps", "shapes-dit"],
+                    default="shapes-unet",
+                    tooltip="shapes-unet: Stable Diffusion layout, v prediction. shapes-unet-eps: the same with "
+                    "epsilon prediction. shapes-dit: Flux layout, flow matching.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The denoiser. Samples 64 x 64 pixels: set that size on the empty latent."),
+                io.Clip.Output(
+                    tooltip="Its text encoder. Prompts read 'a small red circle left of a large green "
+                    "square, striped blue background'."
+                ),
+                io.Vae.Output(tooltip="Its autoencoder (4 pixels per latent)."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: str) -> io.NodeOutput:
+        from . import _shapes
+
+        return io.NodeOutput(_shapes.load_model(model), _shapes.load_clip(model), _shapes.load_vae(model))
+
+
+NODES = [DXLoadShapes]
