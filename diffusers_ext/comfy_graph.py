@@ -1,0 +1,212 @@
+"""ComfyUI graphs as plain data: the format files are saved in, the format a server runs, and changes to the latter.
+
+A saved workflow (UI format) lists nodes with positions and links; a server wants `{node id: {class_type, inputs}}`
+(API format). Both are JSON dictionaries; `object_info` is a server's own description of its nodes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+Graph = dict[str, dict[str, Any]]
+ObjectInfo = Mapping[str, Mapping[str, Any]]
+
+_WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+_SEED_CONTROL = ("fixed", "increment", "decrement", "randomize")
+_VIRTUAL = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
+_MUTED, _BYPASSED = 2, 4
+
+
+def is_ui_format(workflow: Mapping[str, Any]) -> bool:
+    """Whether a workflow is in the format the page saves (as opposed to the one a server runs)."""
+    return isinstance(workflow.get("nodes"), list)
+
+
+def _is_widget(spec: list) -> bool:
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    return (isinstance(kind, list) or kind in _WIDGETS) and not options.get("forceInput")
+
+
+def _specs(inputs: Mapping[str, Mapping[str, list]]) -> Iterator[tuple[str, list]]:
+    for group in ("required", "optional"):
+        yield from (inputs.get(group) or {}).items()
+
+
+def _read_widgets(inputs: Mapping[str, Any], values: list, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and value of every widget, consuming `values`, the list a saved node keeps in the order of its widgets."""
+    for name, spec in _specs(inputs):
+        if not _is_widget(spec) or not values:
+            continue
+        value = values.pop(0)
+        yield prefix + name, value
+        options = spec[1] if len(spec) > 1 else {}
+        if spec[0] == "COMFY_DYNAMICCOMBO_V3":
+            chosen = next((o["inputs"] for o in options["options"] if o["key"] == value), {})
+            yield from _read_widgets(chosen, values, f"{prefix}{name}.")
+        # Widgets that only the page has: what happens to a seed after a run, and an upload button.
+        is_control = options.get("control_after_generate") and values and values[0] in _SEED_CONTROL
+        if is_control or ((options.get("image_upload") or options.get("video_upload")) and values):
+            values.pop(0)
+
+
+class _SavedGraph:
+    """Follows links of a saved workflow through the nodes that exist only on the page."""
+
+    def __init__(self, workflow: Mapping[str, Any]):
+        self.nodes = {node["id"]: node for node in workflow["nodes"]}
+        self.links = {}
+        for link in workflow.get("links", []):
+            if isinstance(link, Mapping):
+                link = [link["id"], link["origin_id"], link["origin_slot"]]
+            self.links[link[0]] = (link[1], link[2])
+
+    def source(self, link_id: int | None) -> Any:
+        """`[node id, output]`, the constant of a primitive, or None where the link leads nowhere."""
+        if link_id is None or link_id not in self.links:
+            return None
+        node_id, slot = self.links[link_id]
+        node = self.nodes[node_id]
+        if node["type"] == "PrimitiveNode":
+            return node["widgets_values"][0]
+        if node["type"] == "Reroute":
+            return self.source(node["inputs"][0].get("link"))
+        if node.get("mode") == _MUTED:
+            return None
+        if node.get("mode") == _BYPASSED:
+            return self.source(_bypass_link(node, slot))
+        return [str(node_id), slot]
+
+
+def _bypass_link(node: Mapping[str, Any], slot: int) -> int | None:
+    """The input a bypassed node hands through to its output `slot`: the first one of the same type."""
+    kind = node["outputs"][slot]["type"]
+    return next((i.get("link") for i in node.get("inputs", []) if i["type"] == kind and i.get("link")), None)
+
+
+def to_api(workflow: Mapping[str, Any], object_info: ObjectInfo) -> Graph:
+    """The graph a server runs, from a workflow saved by the page.
+
+    Args:
+        workflow: UI format as read from the file. API format is returned as a copy.
+        object_info: The server's answer to `/object_info`.
+
+    Raises:
+        ValueError: The workflow uses node types the server lacks, or subgraphs (export those as API format).
+    """
+    if not is_ui_format(workflow):
+        return copy.deepcopy(dict(workflow))
+    if (workflow.get("definitions") or {}).get("subgraphs"):
+        raise ValueError("the workflow contains subgraphs: open it in ComfyUI and save it with 'Export (API)'")
+    saved = _SavedGraph(workflow)
+    live = [n for n in workflow["nodes"] if n["type"] not in _VIRTUAL and n.get("mode") not in (_MUTED, _BYPASSED)]
+    require_nodes((n["type"] for n in live), object_info)
+    return {str(node["id"]): _to_api_node(node, saved, object_info) for node in live}
+
+
+def _to_api_node(node: Mapping[str, Any], saved: _SavedGraph, object_info: ObjectInfo) -> dict[str, Any]:
+    values = node.get("widgets_values") or []
+    schema = object_info[node["type"]]["input"]
+    inputs = dict(values) if isinstance(values, Mapping) else dict(_read_widgets(schema, list(values)))
+    for slot in node.get("inputs", []):
+        source = saved.source(slot.get("link"))
+        if source is not None:
+            inputs[slot["name"]] = source
+    return {"class_type": node["type"], "inputs": inputs}
+
+
+def require_nodes(types, object_info: ObjectInfo) -> None:
+    """Raise `ValueError` naming the node types a server lacks."""
+    missing = sorted(set(types) - set(object_info))
+    if missing:
+        raise ValueError(
+            f"this ComfyUI lacks the node types {', '.join(missing)}: install the pack they belong to "
+            "(DX nodes: put this repository into its custom_nodes folder) and start it again"
+        )
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+
+
+def substitute(graph: Graph, substitutions: Mapping[str, Any], object_info: ObjectInfo) -> Graph:
+    """A copy of an API graph with other values or other nodes in place.
+
+    Args:
+        graph: API format.
+        substitutions: Each key is a node type or an input value. A key that maps to a dictionary changes every node
+            of that type: `{"inputs": {...}}` sets inputs, and with a `"class_type"` the node is replaced by one of
+            that type, its outputs reconnected by their type. A key that maps to anything else replaces equal input
+            values, e.g. `{"v1-5-pruned-emaonly-fp16.safetensors": "tiny.safetensors"}`.
+
+    Raises:
+        ValueError: A replacement has no output of a type that is used.
+    """
+    graph = copy.deepcopy(graph)
+    replaced = {}
+    for node_id, node in graph.items():
+        change = substitutions.get(node["class_type"])
+        if isinstance(change, Mapping):
+            if "class_type" in change:
+                replaced[node_id] = node["class_type"]
+                node.update(class_type=change["class_type"], inputs={})
+            node["inputs"].update(change.get("inputs", {}))
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if _is_link(value):
+                if value[0] in replaced:
+                    old, new = object_info[replaced[value[0]]], object_info[graph[value[0]]["class_type"]]
+                    node["inputs"][name] = [value[0], _same_output(old, new, value[1])]
+            elif isinstance(value, str) and isinstance(substitutions.get(value, {}), (str, int, float)):
+                node["inputs"][name] = substitutions[value]
+    return graph
+
+
+def _same_output(old: Mapping[str, Any], new: Mapping[str, Any], slot: int) -> int:
+    kind = old["output"][slot]
+    if kind not in new["output"]:
+        raise ValueError(f"{new['name']} has no {kind} output, so it cannot replace {old['name']}")
+    return new["output"].index(kind)
+
+
+def shapes_substitutions(model: str, size: int = 64) -> dict[str, Any]:
+    """Substitutions that run a workflow on a shipped model instead of the public one it names.
+
+    Args:
+        model: `"shapes-unet"`, `"shapes-unet-eps"` or `"shapes-dit"`.
+        size: Height and width of empty latents in pixels.
+    """
+    loader = {"class_type": "DXLoadShapes", "inputs": {"model": model}}
+    loaders = ("CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader")
+    latents = ("EmptyLatentImage", "EmptySD3LatentImage")
+    return {
+        **dict.fromkeys(loaders, loader),
+        **{name: {"inputs": {"width": size, "height": size}} for name in latents},
+    }
+
+
+def set_prompt(graph: Graph, text: str) -> Graph:
+    """A copy of an API graph whose positive prompts read `text`.
+
+    Positive are all texts except those that reach only inputs called `negative`, directly or through other
+    conditioning nodes.
+    """
+    graph = copy.deepcopy(graph)
+    for node_id, node in graph.items():
+        if "text" in node["inputs"] and "clip" in node["inputs"] and not _is_negative(graph, node_id):
+            node["inputs"]["text"] = text
+    return graph
+
+
+def _is_negative(graph: Graph, node_id: str) -> bool:
+    uses = [
+        (user, name)
+        for user, node in graph.items()
+        for name, value in node["inputs"].items()
+        if _is_link(value) and value[0] == node_id
+    ]
+    return bool(uses) and all(
+        name == "negative" or (name == "conditioning" and _is_negative(graph, user)) for user, name in uses
+    )
