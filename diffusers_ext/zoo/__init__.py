@@ -1,19 +1,33 @@
-"""Small real models that ship inside the package, the world they draw, and analytic models with exact scores."""
+"""Small real models that ship inside the package, the world they draw, and analytic models with exact scores.
+
+Example:
+    >>> from diffusers_ext import zoo
+    >>> pipe, scenes = zoo.load("shapes-unet"), zoo.held_out(16)
+    >>> images = zoo.generate(pipe, scenes.captions, num_inference_steps=10)
+    >>> scores = zoo.load_judge().accuracy(images, scenes.specs)
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-
-
-_WEIGHTS = Path(__file__).parent / "weights"
+from . import world
+from .judge import Judge, load_judge
+from .pipelines import check_folder, generate, load, load_folder, names, write_manifest
+from .world import Scenes, caption, held_out, parse, scenes
 
 
-def load(name: str, dtype: torch.dtype = torch.float32):
-    """A shipped pipeline: `"shapes-unet"` (Stable Diffusion layout) or `"shapes-dit"` (Flux layout)."""
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(_WEIGHTS / name, dtype=dtype, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+__all__ = [
+    "Judge",
+    "Scenes",
+    "caption",
+    "check_folder",
+    "generate",
+    "held_out",
+    "load",
+    "load_folder",
+    "load_judge",
+    "names",
+    "parse",
+    "scenes",
+    "world",
+    "write_manifest",
+]
