@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
+
+from .registry import get_method, unknown
 
 
 __all__ = ["Applied", "Attachment", "MethodConfig", "Preflight", "apply", "check", "denoiser_of", "remove"]
@@ -21,17 +23,14 @@ _ACTIVE = "_diffusers_ext_active"
 
 
 def denoiser_of(target: Any) -> torch.nn.Module:
-    """The UNet or transformer of a pipeline; a model is returned as it is.
+    """The UNet or transformer of a pipeline; a model is returned as it is, or as it was before `torch.compile`.
 
     Args:
         target: `DiffusionPipeline` with a `unet` or `transformer`, or the model itself.
     """
-    if isinstance(target, torch.nn.Module):
-        return target
-    for name in ("unet", "transformer"):
-        model = getattr(target, name, None)
+    for model in (target, getattr(target, "unet", None), getattr(target, "transformer", None)):
         if isinstance(model, torch.nn.Module):
-            return model
+            return getattr(model, "_orig_mod", model)
     raise TypeError(
         f"cannot apply a method to {type(target).__name__}: give a diffusers pipeline with a `unet` or `transformer`, "
         "or the model itself"
@@ -53,6 +52,29 @@ class Attachment:
 
 class MethodConfig:
     """Base of every config that `apply` accepts. Subclasses are frozen dataclasses usable without arguments."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the method's slug under `"method"`."""
+        return {"method": self.method.slug, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MethodConfig:
+        """The config that `to_dict` described; on `MethodConfig` itself, of whichever method it names.
+
+        Raises:
+            ValueError: Unknown method, another method's values, or fields that the config does not have.
+        """
+        given = dict(values)
+        slug = given.pop("method", None)
+        if cls is MethodConfig:
+            cls = get_method(slug).public
+        elif slug not in (None, cls.method.slug):
+            raise ValueError(f"these values describe {slug!r}, not {cls.method.slug!r}; use MethodConfig.from_dict")
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(unknown(f"field of {cls.__name__}", name, known))
+        return cls(**given)
 
     def check(self, target: Any, num_inference_steps: int | None = None) -> tuple[str, ...]:
         """Raise `ValueError`/`TypeError` if the method cannot run on `target`; return warnings otherwise."""
@@ -89,14 +111,15 @@ class Applied:
     """
 
     target: Any
+    model: torch.nn.Module
     attachments: list[tuple[MethodConfig, Attachment]] = field(default_factory=list)
 
     def remove(self) -> None:
         """Take the methods off, last one first. Calling it again does nothing."""
         while self.attachments:
             config, attachment = self.attachments.pop()
+            _forget(self.model, config)
             attachment.remove()
-            _forget(denoiser_of(self.target), config)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Figures of the last run by method slug."""
@@ -181,7 +204,7 @@ def apply(target: Any, *configs: MethodConfig, num_inference_steps: int | None =
         TypeError: Not a method config, or not a pipeline or model.
     """
     model = denoiser_of(target)
-    handle = Applied(target)
+    handle = Applied(target, model)
     try:
         for config in configs:
             others = [c for c, _ in _active(model)]

@@ -1,0 +1,1 @@
+"""Caches: reuse work between the steps of one sampling run."""

@@ -1,0 +1,297 @@
+"""What every cache needs: where in a run a call is, state per prompt, hooks that leave no trace, resets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+
+
+PREFIX = "diffusers_ext."
+_RESET = "_reset_stateful_cache"
+_SAMPLE = ("sample", "hidden_states")
+_CONDITIONING = (
+    "encoder_hidden_states",
+    "pooled_projections",
+    "class_labels",
+    "added_cond_kwargs",
+    "added_time_ids",
+)
+S = TypeVar("S")
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """`function` on every tensor inside tuples, lists and dicts; anything else is passed through."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, function) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    return value
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors inside tuples, lists and dicts, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(value, found.append)
+    return found
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    """Equal for two tensors only if they are the same, unmodified numbers. Valid while one of them is kept alive."""
+    version = 0 if tensor.is_inference() else tensor._version
+    place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.stride())
+    return place, tuple(tensor.shape), tensor.dtype, tensor.device, version
+
+
+@dataclass
+class Inputs:
+    """The arguments of a denoiser call that decide which cached state belongs to it."""
+
+    sample: torch.Tensor
+    timestep: torch.Tensor | float
+    conditioning: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Inputs:
+        """Read them from the bound arguments of a UNet's or transformer's forward."""
+        sample = next(arguments[name] for name in _SAMPLE if name in arguments)
+        conditioning = tensors_in([arguments.get(name) for name in _CONDITIONING])
+        return cls(sample, arguments["timestep"], conditioning)
+
+    @property
+    def time(self) -> float:
+        t = self.timestep
+        return float(t.max()) if isinstance(t, torch.Tensor) else float(t)
+
+    @property
+    def schedule(self) -> torch.Tensor | None:
+        """The timestep if it is a view into a longer schedule, as in `for t in scheduler.timesteps`."""
+        t = self.timestep
+        is_view = isinstance(t, torch.Tensor) and t.ndim == 0 and t.untyped_storage().nbytes() > t.element_size()
+        return t if is_view else None
+
+    def key(self) -> Hashable:
+        x = self.sample
+        return tuple(x.shape), x.dtype, x.device, tuple(_memory(t) for t in self.conditioning)
+
+
+@dataclass
+class _Context(Generic[S]):
+    states: list[S]
+    kept_alive: list[torch.Tensor]
+    calls: int = 0
+    tick: int = 0
+
+
+@dataclass(frozen=True)
+class Position(Generic[S]):
+    """Where a denoiser call is: its step in the run (from 0) and the state that belongs to its prompt and slot."""
+
+    step: int
+    state: S
+
+
+@dataclass
+class RunTracker(Generic[S]):
+    """Tells which step of which run a denoiser call is, and keeps one state per kind of call.
+
+    Calls are counted, never looked up by timestep value: duplicated and fractional timesteps are fine. Conditional and
+    unconditional calls are told apart by the memory of their conditioning tensors (and by diffusers' cache context
+    where a pipeline sets one), so that one never sees the other's features. All state is dropped when the timestep
+    increases, the timesteps belong to another schedule, or `reset` is called. A context is started afresh when sample
+    shape, dtype, device or conditioning change, or when it sat out a step.
+
+    Args:
+        new_state: Makes the state of one context and slot.
+        calls_per_step: Calls with the same conditioning that make up one step (2 for perturbed guidance); each
+            has its own state.
+    """
+
+    new_state: Callable[[], S]
+    calls_per_step: int = 1
+    runs: int = 0
+    _contexts: dict[Hashable, _Context[S]] = field(default_factory=dict)
+    _time: float | None = None
+    _schedule: torch.Tensor | None = None
+    _tick: int = 0
+
+    def reset(self) -> None:
+        """Forget the run."""
+        self._contexts.clear()
+        self._time, self._schedule, self._tick = None, None, 0
+
+    def begin(self, inputs: Inputs, name: str | None = None) -> Position[S]:
+        """Register a call. `name` is diffusers' cache context, if any."""
+        time = inputs.time
+        if self._is_new_run(time, inputs.schedule):
+            self.reset()
+        if self._time is None:
+            self.runs += 1
+        elif time != self._time:
+            self._advance()
+        self._time, self._schedule = time, inputs.schedule
+        key = (name, inputs.key())
+        context = self._contexts.get(key)
+        if context is None:
+            states = [self.new_state() for _ in range(self.calls_per_step)]
+            context = self._contexts[key] = _Context(states, inputs.conditioning)
+        step, slot = divmod(context.calls, self.calls_per_step)
+        context.calls += 1
+        context.tick = self._tick
+        return Position(step, context.states[slot])
+
+    def _is_new_run(self, time: float, schedule: torch.Tensor | None) -> bool:
+        if self._time is None:
+            return False
+        if time > self._time:
+            return True
+        before = self._schedule
+        if schedule is None or before is None:
+            return False
+        return schedule.untyped_storage().data_ptr() != before.untyped_storage().data_ptr()
+
+    def _advance(self) -> None:
+        """A new timestep: contexts that were not called at the one before have gone stale."""
+        self._contexts = {key: c for key, c in self._contexts.items() if c.tick == self._tick}
+        self._tick += 1
+
+
+class RunHook(ModelHook, Generic[S]):
+    """Root hook of a cache: announces each call to `begin_call` and `end_call`, resets when anything goes wrong.
+
+    Subclasses implement `begin_call(position)`, which decides, and `end_call()`. `reset_state` runs at the end of a
+    pipeline call.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, tracker: RunTracker[S]):
+        super().__init__()
+        self.tracker = tracker
+        self.cache_context = StateManager(BaseState)
+        self.paused = False
+
+    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        self._signature = inspect.signature(module.forward)
+        return module
+
+    def begin_call(self, position: Position[S]) -> None:
+        raise NotImplementedError
+
+    def end_call(self) -> None:
+        raise NotImplementedError
+
+    # Not recursive: the decision stays outside of compiled graphs, the model's own forward is still compiled.
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs):
+        if self.paused:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        try:
+            self._begin(args, kwargs)
+            output = self.fn_ref.original_forward(*args, **kwargs)
+            self._end()
+        except BaseException:
+            self.reset_state(module)
+            raise
+        return output
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple, kwargs: dict) -> None:
+        context = self.cache_context._context
+        inputs = Inputs.of(self._signature.bind(*args, **kwargs).arguments)
+        runs = self.tracker.runs
+        position = self.tracker.begin(inputs, context.name if context else None)
+        if self.tracker.runs != runs:
+            self.begin_run(args, kwargs)
+        self.begin_call(position)
+
+    @torch.compiler.disable
+    def _end(self) -> None:
+        self.end_call()
+
+    def begin_run(self, args: tuple, kwargs: dict) -> None:
+        """Called before the first call of every run, with its arguments."""
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.tracker.reset()
+        return module
+
+
+def install(
+    model: torch.nn.Module, hooks: Iterable[tuple[torch.nn.Module, ModelHook]], name: str
+) -> Callable[[], None]:
+    """Register hooks under `name` and wire the end-of-run reset. All or nothing.
+
+    Returns:
+        Function that takes them off and leaves every module as it was.
+    """
+    done: list[torch.nn.Module] = []
+
+    def undo() -> None:
+        while done:
+            _unregister(done.pop(), name)
+        if not _stateful_hooks(model):
+            model.__dict__.pop(_RESET, None)
+        if hasattr(model, "_diffusers_hook"):
+            model._diffusers_hook.invalidate_child_registries_cache()
+
+    try:
+        for module, hook in hooks:
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+            done.append(module)
+        if not hasattr(model, _RESET):
+            registry = HookRegistry.check_if_exists_or_initialize(model)
+            model.__dict__[_RESET] = registry.reset_stateful_hooks
+        HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _unregister(module: torch.nn.Module, name: str) -> None:
+    registry: HookRegistry = module._diffusers_hook
+    index = registry._hook_order.index(name)
+    ours = registry._fn_refs[index]
+    later = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
+    later_forward = later.forward if later else None
+    registry.remove_hook(name, recurse=False)
+    if later is not None and later.original_forward is not None:
+        # remove_hook() links the later hook past its own new_forward; keep that one and move its origin instead.
+        later.forward, later.original_forward = later_forward, ours.original_forward
+    if not registry.hooks:
+        del module._diffusers_hook
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+
+
+def _stateful_hooks(model: torch.nn.Module) -> list[str]:
+    registries = (m._diffusers_hook for m in model.modules() if hasattr(m, "_diffusers_hook"))
+    return [name for registry in registries for name, hook in registry.hooks.items() if hook._is_stateful]
+
+
+def refuse_other_caches(model: torch.nn.Module) -> None:
+    """Raise `ValueError` if a cache that is not ours is active on the model."""
+    foreign = sorted({name for name in _stateful_hooks(model) if not name.startswith(PREFIX)})
+    if getattr(model, "is_cache_enabled", False) or foreign:
+        active = type(getattr(model, "_cache_config", None)).__name__ if not foreign else ", ".join(foreign)
+        raise ValueError(
+            f"{type(model).__name__} already has an active cache of diffusers ({active}): call model.disable_cache(), "
+            "or remove its hooks, first"
+        )
+
+
+def refuse_fused_qkv(model: torch.nn.Module) -> None:
+    """Raise `ValueError` if the attention projections are fused."""
+    if any(getattr(module, "fused_projections", False) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has fused QKV projections, which replace its attention processors: "
+            "call unfuse_qkv_projections() first"
+        )
