@@ -13,6 +13,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from .registry import public_names
+
 
 LIBRARY = "diffusers_ext"
 _LOADING_UTILS = "diffusers.pipelines.pipeline_loading_utils"
@@ -26,6 +28,24 @@ def _make_loadable(loading_utils: ModuleType) -> None:
             "pipelines are resolved. Install diffusers 0.42 or a newer diffusers-ext."
         )
     table.setdefault(LIBRARY, {})
+    _make_pipelines_findable()
+
+
+def _make_pipelines_findable() -> None:
+    """Let `DiffusionPipeline.from_pretrained` find our pipeline classes, which it looks up on `diffusers` itself.
+
+    Still lazy: `diffusers` imports a class's module, here this package under an alias, when the name is first used.
+    """
+    diffusers = sys.modules["diffusers"]
+    if not isinstance(getattr(diffusers, "_class_to_module", None), dict):
+        raise RuntimeError(
+            "diffusers no longer keeps a table of lazily imported classes: install diffusers 0.42 or a newer "
+            "diffusers-ext"
+        )
+    sys.modules.setdefault(f"diffusers.{LIBRARY}", sys.modules[LIBRARY])
+    for name in public_names():
+        if name.endswith("Pipeline"):
+            diffusers._class_to_module.setdefault(name, LIBRARY)
 
 
 class _PatchingLoader(Loader):
