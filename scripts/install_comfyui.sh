@@ -58,3 +58,4 @@ if [ "$(installed_version)" != "$version" ]; then
   exit 1
 fi
 install_requirements
+ln -sfn "$(dirname "$here")" "$target/custom_nodes/diffusers-ext"
