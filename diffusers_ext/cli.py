@@ -48,6 +48,16 @@ def _workflows() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
 
 
+def _quiet() -> None:
+    """Loading bars and import notices of the libraries would bury what a command prints."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def _load_model(name: str) -> Any:
     from diffusers import DiffusionPipeline
 
@@ -58,6 +68,8 @@ def _load_model(name: str) -> Any:
         if any(sep in name for sep in "/\\."):
             raise ValueError(f"there is no model folder {name}; give a folder saved by save_pretrained, or a zoo name")
         return zoo.load(name)
+    if (folder / "manifest.json").is_file():
+        return zoo.load_folder(folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{name} holds no model_index.json: give the folder that save_pretrained wrote")
     try:
@@ -147,6 +159,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     record = get_method(args.slug)
+    _quiet()
     answer = preflight(record, _load_model(args.model), args.steps)
     for warning in answer.warnings:
         print(f"warning: {warning}")
@@ -159,6 +172,7 @@ def _check(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
+    _quiet()
     demo.run(Path(args.out), quick=args.quick, fresh=args.fresh, sheet=args.sheet and Path(args.sheet))
     return 0
 
@@ -217,6 +231,11 @@ def _parser() -> argparse.ArgumentParser:
 def _one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return " ".join(text.split())[:600].rstrip(". ")
+
+
+def _failed(message: str, code: int = 1) -> int:
+    print(f"diffusers-ext: {message}", file=sys.stderr)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
