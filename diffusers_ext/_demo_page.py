@@ -32,7 +32,8 @@ figure { margin: 0 0 1rem; padding: .8rem; background: var(--card); border: 1px 
 figure img { width: 100%; display: block; border-radius: .3rem; }
 figcaption { display: flex; justify-content: space-between; gap: 1rem; padding-bottom: .5rem; flex-wrap: wrap; }
 figcaption b { color: light-dark(#5e35b1, #b39ddb); }
-ol { margin: 1.25rem 0 .75rem; columns: 2; column-gap: 2.5rem; font-size: .85rem; color: var(--soft); padding-left: 1.5rem; }
+ol { margin: 1.25rem 0 .75rem;
+  columns: 2; column-gap: 2.5rem; font-size: .85rem; color: var(--soft); padding-left: 1.5rem; }
 li { break-inside: avoid; }
 code { background: light-dark(#ece7f5, #2c2639); padding: .1rem .35rem; border-radius: .25rem; font-size: .85em; }
 @media (max-width: 40rem) { ol { columns: 1; } }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ def preflight(record: MethodRecord, pipe: Any, num_inference_steps: int | None =
     from .apply import MethodConfig, Preflight, check
 
     public = record.public
+    kinds = {"unet"} if getattr(pipe, "unet", None) is not None else {"dit", "mmdit", "video"}
+    if not {"any", *kinds} & set(record.targets):
+        targets = ", ".join(record.targets)
+        return Preflight(
+            (f"{type(pipe).__name__} has no denoiser that {record.slug} supports; it supports: {targets}",)
+        )
     if issubclass(public, MethodConfig):
         return check(pipe, public(), num_inference_steps=num_inference_steps)
     prediction = _prediction(pipe)
@@ -169,18 +176,30 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
+def _writable(folder: str) -> Path:
+    """Create an output folder, so that a command fails before its work and not after."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+
+
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
     _quiet()
-    demo.run(Path(args.out), quick=args.quick, fresh=args.fresh, sheet=args.sheet and Path(args.sheet))
+    demo.run(_writable(args.out), quick=args.quick, fresh=args.fresh, sheet=args.sheet and Path(args.sheet))
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
     from .comfy_client import run_workflow
 
-    pictures = run_workflow(workflow_path(args.workflow), url=args.url, comfyui=args.comfyui, output_dir=args.out)
+    path, out = workflow_path(args.workflow), _writable(args.out)
+    pictures = run_workflow(path, url=args.url, comfyui=args.comfyui, output_dir=out)
     print("\n".join(str(path) for path in pictures))
     return 0
 

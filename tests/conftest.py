@@ -1,0 +1,60 @@
+"""Shared by all tests: the repository's root and the shipped models, loaded once and handed out clean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import diffusers_ext
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def _loaded() -> dict[str, Any]:
+    return {}
+
+
+def _lend(name: str, loaded: dict[str, Any]) -> Iterator[Any]:
+    from diffusers_ext import zoo
+
+    if name not in loaded:
+        loaded[name] = zoo.load(name)
+    pipe = loaded[name]
+    scheduler = pipe.scheduler
+    yield pipe
+    diffusers_ext.remove(pipe)
+    pipe.scheduler = scheduler
+
+
+@pytest.fixture
+def shapes_unet(_loaded) -> Iterator[Any]:
+    """Stable Diffusion layout, v prediction. Scheduler and methods are put back after the test."""
+    yield from _lend("shapes-unet", _loaded)
+
+
+@pytest.fixture
+def shapes_unet_eps(_loaded) -> Iterator[Any]:
+    """The same layout with epsilon prediction."""
+    yield from _lend("shapes-unet-eps", _loaded)
+
+
+@pytest.fixture
+def shapes_dit(_loaded) -> Iterator[Any]:
+    """Flux layout, flow matching."""
+    yield from _lend("shapes-dit", _loaded)
+
+
+@pytest.fixture(scope="session")
+def judge() -> Any:
+    """The classifier that reads the pictures."""
+    from diffusers_ext import zoo
+
+    return zoo.load_judge()
