@@ -10,14 +10,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diffusers import SchedulerMixin
+from diffusers.guiders import BaseGuidance
 from mkdocs.structure.files import File
 
 import diffusers_ext
+from diffusers_ext.apply import MethodConfig
 from diffusers_ext.registry import MethodRecord, get_method, list_methods, public_names
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKER = re.compile(r"<!-- (record|bench):([\w.-]+) -->")
+MARKER = re.compile(r"<!-- (record|bench|card|workflows):?([\w.-]*) -->")
 README_TABLE = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
 REPOSITORY = "https://github.com/diffusers-ext/diffusers-ext/blob/main/"
 
@@ -38,12 +41,15 @@ def methods_table(link: str = "{slug}.md") -> str:
 
 
 def door(record: MethodRecord) -> str:
-    """How a method of this kind enters a pipeline, as one line of code."""
-    name = record.public.__name__
-    return {
-        "scheduler": f"pipe.scheduler = diffusers_ext.{name}.from_config(pipe.scheduler.config)",
-        "pipeline": f"pipe = diffusers_ext.{name}.from_pipe(pipe)",
-    }.get(record.kind, f"handle = diffusers_ext.apply(pipe, diffusers_ext.{name}())")
+    """How the public class of a method enters a pipeline, as one line of code."""
+    public, name = record.public, f"diffusers_ext.{record.public.__name__}"
+    if issubclass(public, MethodConfig):
+        return f"handle = diffusers_ext.apply(pipe, {name}())"
+    if issubclass(public, SchedulerMixin):
+        return f"pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
+    if issubclass(public, BaseGuidance):
+        return f"modular_pipe.update_components(guider={name}())"
+    return f"pipe = {name}.from_pipe(pipe)"
 
 
 def facts(record: MethodRecord) -> str:
@@ -80,6 +86,24 @@ def measured(record: MethodRecord) -> str:
         f"The paper reports: {claim.text}: {claim.value:g} {claim.unit} ({claim.setting}).\n\n"
         f"<small>Measured by `diffusers-ext bench {record.slug}`: {machine}.</small>"
     )
+
+
+def card(model: str) -> str:
+    """The model card of a shipped model, its headings one level deeper."""
+    text = (ROOT / "diffusers_ext" / "zoo" / "weights" / model / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"^#", "##", re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+
+
+def workflows() -> str:
+    """Every shipped workflow, with its picture."""
+    titles = {r.slug: f"[{r.slug}](methods/{r.slug}.md): {r.summary}" for r in list_methods()}
+    items = []
+    for path in sorted((ROOT / "workflows").glob("*.json")):
+        picture = f"[![{path.stem}](workflows/{path.stem}.jpg)](workflows/{path.name})\n\n"
+        picture = picture if path.with_suffix(".jpg").is_file() else ""
+        title = titles.get(path.stem, path.stem)
+        items.append(f"{picture}{title}. [Download](workflows/{path.name}){{ download }}")
+    return "\n\n".join(items)
 
 
 def methods_index() -> str:
@@ -146,15 +170,22 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages, and the workflows so that a reader can download them."""
     for path, text in generated_pages().items():
         files.append(File.generated(config, path, content=text))
-    for workflow in sorted((ROOT / "workflows").glob("*.json")):
+    for workflow in sorted((ROOT / "workflows").glob("*.jp*g")) + sorted((ROOT / "workflows").glob("*.json")):
         files.append(File.generated(config, f"workflows/{workflow.name}", abs_src_path=str(workflow)))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace `<!-- record:slug -->` and `<!-- bench:slug -->`."""
-    render = {"record": facts, "bench": measured}
-    return MARKER.sub(lambda match: render[match[1]](get_method(match[2])), markdown)
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Replace `<!-- record:slug -->`, `<!-- bench:slug -->`, `<!-- card:model -->` and `<!-- workflows -->`."""
+    if page.file.src_uri == "contributing.md":  # shows the markers to people
+        return markdown
+    render = {
+        "record": lambda slug: facts(get_method(slug)),
+        "bench": lambda slug: measured(get_method(slug)),
+        "card": card,
+        "workflows": lambda _: workflows(),
+    }
+    return MARKER.sub(lambda match: render[match[1]](match[2]), markdown)
 
 
 def readme() -> str:
