@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from diffusers_ext.registry import MethodRecord, get_method, list_methods, publi
 
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import api  # noqa: E402
+
+
 MARKER = re.compile(r"<!-- (record|bench|card|workflows):?([\w.-]*) -->")
 README_TABLE = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
 REPOSITORY = "https://github.com/diffusers-ext/diffusers-ext/blob/main/"
@@ -132,11 +138,7 @@ def api_pages() -> dict[str, str]:
     modules: dict[str, list[str]] = {}
     for name, module in public_names().items():
         modules.setdefault(module, []).append(name)
-    pages = {}
-    for module, names in modules.items():
-        body = "\n\n".join(f"::: {module}.{name}" for name in names)
-        pages[f"api/{module.removeprefix('diffusers_ext.')}.md"] = f"# {module}\n\n{body}\n"
-    return pages
+    return {f"api/{m.removeprefix('diffusers_ext.')}.md": api.page(m, names) for m, names in modules.items()}
 
 
 def generated_pages() -> dict[str, str]:

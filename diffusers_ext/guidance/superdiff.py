@@ -21,6 +21,7 @@ from ..registry import Claim, MethodRecord, register, unknown
 __all__ = ["SuperDiffGuidance"]
 
 OPERATIONS = ("or", "and", "and_ode", "average")
+FLOW_RANGE = (0.02, 80.0)
 _FLOOR = 1e-12
 
 
@@ -104,6 +105,15 @@ def kappa_and_ode(v, v_u, div, sigma: float, d: float, g: float, offset: torch.T
     square = dot(v, v, v.ndim - 2) + sigma * div
     target = square[:-1] - square[-1] - (sigma / d) * (offset[:-1] - offset[-1])[:, None]
     return kappa_equal(v, v_u, g, 1.0, 0.0, target)
+
+
+def karras_levels(low: float, high: float, steps: int, rho: float = 7.0) -> torch.Tensor:
+    """VE noise levels from `high` to `low` and then 0, `[steps + 1]` float64.
+
+    The Euler step needs small ratios of neighbours, which even spacing of a flow model's s does not give near s = 1.
+    """
+    levels = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64) ** rho
+    return torch.cat([levels, levels.new_zeros(1)])
 
 
 @dataclass(frozen=True)
@@ -276,6 +286,16 @@ class Superposition:
         """Weights of every step, `[K, B, N]`."""
         return torch.stack(self._kappa, -1)
 
+    def report(self) -> str:
+        """One line per sample: its final log densities relative to the likeliest model, and its mean weights."""
+        log_q, weights = self.log_likelihoods[..., -1].T, self.kappas.mean(-1).T
+        lines = []
+        for number, (row, weight) in enumerate(zip(log_q - log_q.max(1, keepdim=True).values, weights), 1):
+            densities = ", ".join(f"{chr(65 + k)} {round(value, 2) + 0.0:.2f}" for k, value in enumerate(row.tolist()))
+            shares = ", ".join(f"{value:.2f}" for value in weight.tolist())
+            lines.append(f"{number}: log density {densities} nats; mean weights {shares}")
+        return "\n".join(lines)
+
 
 def check_settings(operation: str, temperature: float = 1.0) -> None:
     """Raise `ValueError` for an unknown operation or a temperature that is not positive."""
@@ -293,9 +313,9 @@ def check_settings(operation: str, temperature: float = 1.0) -> None:
         title="The Superposition of Diffusion Models Using the Ito Density Estimator",
         arxiv="2412.17762",
         summary="Mix prompts or models with OR and AND while sampling, with a log density of each for every picture",
-        targets=("unet", "dit"),
+        targets=("unet", "mmdit"),
         predictions=("epsilon", "v_prediction", "flow_prediction"),
-        nodes=("DXSuperDiffGuider", "DXSamplerSuperDiff", "DXSuperDiffReport"),
+        nodes=("DXSuperDiffGuider", "DXSamplerSuperDiff", "DXSuperDiffSigmas", "DXSuperDiffReport"),
         claim=Claim(
             text="The density estimate costs no divergence and no network call beyond those of the mixed models",
             setting="Stable Diffusion v1-4, two prompts, network evaluations per step over those of the mix itself",
@@ -307,8 +327,8 @@ def check_settings(operation: str, temperature: float = 1.0) -> None:
 class SuperDiffGuidance(BaseGuidance):
     """Two prompts as OR, AND or average in a modular pipeline.
 
-    Paper: https://arxiv.org/abs/2412.17762. Build the pipeline with `superdiff_blocks()` and give it a
-    `SuperDiffEulerScheduler`: OR and AND need the noise of the coming step, which the scheduler then draws in advance.
+    Paper: https://arxiv.org/abs/2412.17762. Build the pipeline from `SuperDiffStableDiffusionXLBlocks` and
+    give it a `SuperDiffEulerScheduler`: OR and AND need the noise of the coming step, which it draws in advance.
     For ready pipelines, more than two prompts and `"and_ode"` see `SuperDiffPipeline`.
 
     Args:
@@ -383,7 +403,7 @@ class SuperDiffGuidance(BaseGuidance):
         else:
             raise RuntimeError(
                 f"SuperDiffGuidance(operation={self.config.operation!r}) must see the noise of each step: build the "
-                "pipeline with superdiff_blocks() and use SuperDiffEulerScheduler"
+                "pipeline from SuperDiffStableDiffusionXLBlocks and use SuperDiffEulerScheduler"
             )
         pred = guided(outputs, pred_uncond, kappa, self.config.guidance_scale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)

@@ -61,6 +61,16 @@ class _StableDiffusion:
         embeds, _ = self.base.encode_prompt(prompt, device, images, False, **self.kwargs)
         return {"encoder_hidden_states": embeds}
 
+    def negative(self, prompt: str | list[str] | None, batch: int, images: int, device) -> dict[str, Any]:
+        """Condition to steer away from, for `batch` pictures in all."""
+        if prompt is None:
+            return self.unconditional(batch // images, images, device)
+        return self.encode([prompt] * (batch // images) if isinstance(prompt, str) else prompt, images, device)
+
+    def unconditional(self, batch: int, images: int, device) -> dict[str, Any]:
+        """Condition of pictures without a negative prompt."""
+        return self.encode([""] * batch, images, device)
+
     def latents(self, batch: int, dtype, device, generator, latents) -> torch.Tensor:
         channels = self.model.config.in_channels
         return self.base.prepare_latents(batch, channels, self.height, self.width, dtype, device, generator, latents)
@@ -91,6 +101,15 @@ class _StableDiffusionXL(_StableDiffusion):
         ids = self.base._get_add_time_ids(size, (0, 0), size, embeds.dtype, projection).to(device)
         added = {"text_embeds": pooled, "time_ids": ids.repeat(len(embeds), 1)}
         return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
+
+    def unconditional(self, batch, images, device) -> dict[str, Any]:
+        """Zeros in place of text, which SDXL was trained with."""
+        condition = super().unconditional(batch, images, device)
+        added = condition["added_cond_kwargs"]
+        return {
+            "encoder_hidden_states": torch.zeros_like(condition["encoder_hidden_states"]),
+            "added_cond_kwargs": {**added, "text_embeds": torch.zeros_like(added["text_embeds"])},
+        }
 
     def decode(self, latents, output_type):
         base = self.base
@@ -137,7 +156,7 @@ class _Flux(_StableDiffusion):
         packed, self.ids = self.base.prepare_latents(
             batch, channels, self.height, self.width, dtype, device, generator, latents
         )
-        return packed
+        return packed * getattr(self.base.scheduler, "init_noise_sigma", 1.0)
 
     def predict(self, model, x, t, condition) -> torch.Tensor:
         time = t.expand(len(x)).to(x.dtype) / 1000
@@ -244,7 +263,7 @@ class SuperDiffPipeline(DiffusionPipeline):
         sizes = {1 if isinstance(p, str) else len(p) for p in prompts}
         if len(sizes) > 1:
             raise ValueError(f"every entry of `prompts` must hold as many captions as the others, got {sorted(sizes)}")
-        if not isinstance(negative_prompt, str) and len(negative_prompt) not in sizes:
+        if isinstance(negative_prompt, list) and len(negative_prompt) not in sizes:
             raise ValueError(f"`negative_prompt` must be a string or a list of {sizes.pop()}, got {negative_prompt!r}")
         if operation != "and_ode" and not isinstance(self.scheduler, SuperDiffEulerScheduler):
             raise ValueError(
@@ -262,7 +281,7 @@ class SuperDiffPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompts: list[str] | list[list[str]],
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         operation: str = "and",
         guidance_scale: float = 7.5,
         temperature: float = 1.0,
@@ -316,9 +335,7 @@ class SuperDiffPipeline(DiffusionPipeline):
         conditions = [layout.encode(prompt, num_images_per_prompt, device) for prompt in prompts]
         batch = len(conditions[0]["encoder_hidden_states"])
         if guidance_scale != 1:
-            negative = [negative_prompt] * (batch // num_images_per_prompt)
-            negative = negative if isinstance(negative_prompt, str) else negative_prompt
-            conditions.append(layout.encode(negative, num_images_per_prompt, device))
+            conditions.append(layout.negative(negative_prompt, batch, num_images_per_prompt, device))
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         dtype = conditions[0]["encoder_hidden_states"].dtype
         latents = layout.latents(batch, dtype, device, generator, latents)

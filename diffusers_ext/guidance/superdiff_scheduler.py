@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..prediction import NoiseSchedule, expand
-from .superdiff import NoiseStep
+from .superdiff import FLOW_RANGE, NoiseStep, karras_levels
 
 
 __all__ = ["SuperDiffEulerScheduler"]
@@ -94,7 +94,8 @@ class SuperDiffEulerScheduler(SchedulerMixin, ConfigMixin):
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the first state."""
-        return 1.0 if self.flow else math.sqrt(float(self.sigmas[0]) ** 2 + 1)
+        first = float(self.sigmas[0])
+        return first if self.flow else math.sqrt(first**2 + 1)
 
     @property
     def step_index(self) -> int | None:
@@ -110,7 +111,7 @@ class SuperDiffEulerScheduler(SchedulerMixin, ConfigMixin):
 
     def _range(self) -> tuple[float, float]:
         table = self._schedule.table
-        low, high = (0.02, 80.0) if table is None else (float(torch.exp(-table[i])) for i in (0, -1))
+        low, high = FLOW_RANGE if table is None else (float(torch.exp(-table[i])) for i in (0, -1))
         return self.config.sigma_min or low, self.config.sigma_max or high
 
     def set_timesteps(self, num_inference_steps: int, device=None, mu: float | None = None) -> None:
@@ -121,11 +122,9 @@ class SuperDiffEulerScheduler(SchedulerMixin, ConfigMixin):
             device: Device of `timesteps`.
             mu: Ignored; some pipelines pass a shift, but the spacing here is in VE noise levels.
         """
-        low, high = (s ** (1 / self.config.rho) for s in self._range())
-        ve = torch.linspace(high, low, num_inference_steps, dtype=torch.float64) ** self.config.rho
-        self.timesteps = self._schedule.timestep(-torch.log(ve)).float().to(device)
-        native = ve / (1 + ve) if self.flow else ve
-        self.sigmas = torch.cat([native, native.new_zeros(1)])
+        ve = karras_levels(*self._range(), num_inference_steps, self.config.rho)
+        self.timesteps = self._schedule.timestep(-torch.log(ve[:-1])).float().to(device)
+        self.sigmas = ve / (1 + ve) if self.flow else ve
         self.num_inference_steps = num_inference_steps
         self._step_index = self._begin_index = self._pending = None
 
