@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 from comfy_api.latest import io
+
+
+def _shipped_models() -> list[str]:
+    """Names of the models that lie in `diffusers_ext`, found without importing it."""
+    (package,) = importlib.util.find_spec("diffusers_ext").submodule_search_locations
+    return sorted(p.parent.name for p in Path(package).glob("zoo/weights/*/model_index.json"))
 
 
 class DXLoadShapes(io.ComfyNode):
@@ -18,7 +27,7 @@ class DXLoadShapes(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=["shapes-unet", "shapes-unet-eps", "shapes-dit"],
+                    options=_shipped_models(),
                     default="shapes-unet",
                     tooltip="shapes-unet: Stable Diffusion layout, v prediction. shapes-unet-eps: the same with "
                     "epsilon prediction. shapes-dit: Flux layout, flow matching.",

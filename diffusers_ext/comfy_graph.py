@@ -210,3 +210,32 @@ def _is_negative(graph: Graph, node_id: str) -> bool:
     return bool(uses) and all(
         name == "negative" or (name == "conditioning" and _is_negative(graph, user)) for user, name in uses
     )
+
+
+def for_shapes(workflow: Mapping[str, Any], object_info: ObjectInfo, caption: str | None = None) -> Graph:
+    """The API graph of a shipped workflow, on a shipped model in place of the public one it names.
+
+    A workflow may say what stands in for what under `extra.diffusers_ext`: `"model"` (null keeps its own loaders) and
+    `"substitutions"`. Otherwise graphs with a separate diffusion model run on `shapes-dit`, the rest on a shapes UNet.
+
+    Args:
+        workflow: UI format.
+        object_info: The server's answer to `/object_info`.
+        caption: Text for the positive prompts, unless the workflow's own substitutions name one of them.
+    """
+    settings = (workflow.get("extra") or {}).get("diffusers_ext", {})
+    graph = to_api(workflow, object_info)
+    model = settings.get("model", _stand_in(graph))
+    own = settings.get("substitutions", {})
+    texts = {node["inputs"].get("text") for node in graph.values()}
+    graph = substitute(graph, {**(shapes_substitutions(model) if model else {}), **own}, object_info)
+    return graph if caption is None or texts & set(own) else set_prompt(graph, caption)
+
+
+def _stand_in(graph: Graph) -> str:
+    """The shipped model nearest to the one a graph loads; Stable Diffusion 1.5 checkpoints predict epsilon."""
+    from .zoo.comfy_layout import model_names
+
+    if any(node["class_type"] == "UNETLoader" for node in graph.values()):
+        return "shapes-dit"
+    return "shapes-unet-eps" if "shapes-unet-eps" in model_names() else "shapes-unet"

@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("graph", type=Path, help="API-format JSON")
     parser.add_argument("workflow", type=Path, help="file to write")
     parser.add_argument("--note", type=Path, required=True, help="Markdown file that explains the workflow")
+    parser.add_argument("--test", type=json.loads, help="what stands in for what in the tests, see scripts/README.md")
     parser.add_argument("--screenshot", type=Path, help="PNG of the result")
     args = parser.parse_args()
     job = {
@@ -53,6 +54,8 @@ def main() -> int:
         "save": str(args.workflow),
         "note": args.note.read_text(encoding="utf-8"),
     }
+    if args.test:
+        job["extra"] = {"diffusers_ext": args.test}
     if args.screenshot:
         job["screenshot"] = str(args.screenshot)
     with tempfile.TemporaryDirectory() as base:

@@ -3,11 +3,12 @@
 //
 // usage: frontend.mjs URL < jobs.json
 //
-// jobs.json is a list of {"name", "workflow", "screenshot"?, "save"?, "note"?}:
+// jobs.json is a list of {"name", "workflow", "screenshot"?, "save"?, "note"?, "extra"?}:
 //   workflow    the graph itself; API format is imported and laid out by the page
 //   screenshot  PNG file to write
 //   save        file that receives the graph in UI format, seeds fixed
 //   note        Markdown shown beside the saved graph
+//   extra       entries for the "extra" of the saved graph
 // One JSON line per job goes to stdout: {"name", "problems": [...], "prompt": the graph the page would queue}.
 //
 // Environment: BROWSER_DIR (folder with node_modules/playwright-core), CHROMIUM (default: chromium on the PATH).
@@ -85,8 +86,8 @@ async function load(page, { name, workflow }) {
 }
 
 // The page rolls seeds after a run unless told otherwise; a shipped workflow keeps its seed.
-async function serialize(page, note) {
-  return page.evaluate((note) => {
+async function serialize(page, { note, extra }) {
+  return page.evaluate(({ note, extra }) => {
     const { graph } = window.app
     for (const n of graph.nodes) for (const w of n.widgets ?? []) if (w.name === 'control_after_generate') w.value = 'fixed'
     if (note) {
@@ -98,8 +99,9 @@ async function serialize(page, note) {
       node.size = [420, 380]
       node.pos = [left - 460, top]
     }
-    return graph.serialize()
-  }, note)
+    const saved = graph.serialize()
+    return { ...saved, extra: { ...saved.extra, ...extra } }
+  }, { note, extra })
 }
 
 // The page's own "fit view" hides a part behind its side bar.
@@ -128,7 +130,7 @@ async function run(page, job, problems) {
   const result = { name: job.name, problems: [], prompt: null }
   try {
     result.problems.push(...await load(page, job))
-    if (job.save) fs.writeFileSync(job.save, JSON.stringify(await serialize(page, job.note), null, 2) + '\n')
+    if (job.save) fs.writeFileSync(job.save, JSON.stringify(await serialize(page, job), null, 2) + '\n')
     result.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
     if (job.screenshot) await screenshot(page, job.screenshot)
   } catch (e) {
