@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def enlarged(image: Image.Image, factor: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
 
 
-def contact_sheet(columns: dict[str, Sequence[tuple[str, str, Image.Image]]], scale: int = 2) -> Image.Image:
+def contact_sheet(columns: Mapping[str, Sequence[tuple[str, str, Image.Image]]], scale: int = 2) -> Image.Image:
     """Pictures of several methods under each other, one column per model.
 
     Args:

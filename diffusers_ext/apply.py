@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from .registry import get_method, unknown
+from .registry import MethodRecord, get_method, unknown
 
 
 __all__ = ["Applied", "Attachment", "MethodConfig", "Preflight", "apply", "check", "denoiser_of", "remove"]
@@ -53,9 +53,11 @@ class Attachment:
 class MethodConfig:
     """Base of every config that `apply` accepts. Subclasses are frozen dataclasses usable without arguments."""
 
+    method: ClassVar[MethodRecord]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the method's slug under `"method"`."""
-        return {"method": self.method.slug, **asdict(self)}
+        return {"method": self.method.slug, **asdict(self)}  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MethodConfig:
@@ -70,7 +72,7 @@ class MethodConfig:
             cls = get_method(slug).public
         elif slug not in (None, cls.method.slug):
             raise ValueError(f"these values describe {slug!r}, not {cls.method.slug!r}; use MethodConfig.from_dict")
-        known = [f.name for f in fields(cls)]
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for name in given:
             if name not in known:
                 raise ValueError(unknown(f"field of {cls.__name__}", name, known))
@@ -177,7 +179,8 @@ def check(target: Any, *configs: MethodConfig, num_inference_steps: int | None =
     Returns:
         `Preflight` with `ok`, `errors` and `warnings`.
     """
-    errors, warnings = [], []
+    errors: list[str] = []
+    warnings: list[str] = []
     others = [c for c, _ in _active(denoiser_of(target))]
     for config in configs:
         try:

@@ -44,7 +44,7 @@ def _read_widgets(inputs: Mapping[str, Any], values: list, prefix: str = "") -> 
         yield prefix + name, value
         options = spec[1] if len(spec) > 1 else {}
         if spec[0] == "COMFY_DYNAMICCOMBO_V3":
-            chosen = next((o["inputs"] for o in options["options"] if o["key"] == value), {})
+            chosen: dict[str, Any] = next((o["inputs"] for o in options["options"] if o["key"] == value), {})
             yield from _read_widgets(chosen, values, f"{prefix}{name}.")
         # Widgets that only the page has: what happens to a seed after a run, and an upload button.
         is_control = options.get("control_after_generate") and values and values[0] in _SEED_CONTROL
@@ -234,8 +234,8 @@ def for_shapes(workflow: Mapping[str, Any], object_info: ObjectInfo, caption: st
 
 def _stand_in(graph: Graph) -> str:
     """The shipped model nearest to the one a graph loads; Stable Diffusion 1.5 checkpoints predict epsilon."""
-    from .zoo.comfy_layout import model_names
+    from .zoo import names
 
     if any(node["class_type"] == "UNETLoader" for node in graph.values()):
         return "shapes-dit"
-    return "shapes-unet-eps" if "shapes-unet-eps" in model_names() else "shapes-unet"
+    return "shapes-unet-eps" if "shapes-unet-eps" in names() else "shapes-unet"

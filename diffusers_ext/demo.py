@@ -96,6 +96,13 @@ class Store:
         figures = json.loads(path.read_text(encoding="utf-8"))
         return figures if figures["key"] == self.key else None
 
+    def finished(self, name: str) -> dict[str, Any]:
+        """Figures of a row that must be there."""
+        figures = self.load(name)
+        if figures is None:
+            raise RuntimeError(f"row {name} disappeared from {self.folder} during the demo: run it again")
+        return figures
+
     def save(self, name: str, images: torch.Tensor, figures: dict[str, Any]) -> None:
         """Pictures first, figures last, each in one move."""
         strip = to_strip(images)
@@ -143,7 +150,7 @@ class Counter:
         self._handle.remove()
 
 
-def plain(steps: str, make_scheduler: Callable[[Any], Any] | None = None):
+def plain(steps: str, make_scheduler: Callable[[Any, Settings], tuple[Any, str]] | None = None):
     """Rows that only differ in the scheduler. `steps` names the field of `Settings`."""
 
     def prepare(row: Row, pipe: Any, settings: Settings):
@@ -273,7 +280,7 @@ def _draw(row: Row, pipe: Any, judge: Any, store: Store, settings: Settings) -> 
     images = from_strip(to_strip(images), images.shape[-1])
     base = store.load(row.baseline) if row.baseline else None
     same = base is not None and base["captions"] == list(row.captions)
-    reference = from_strip(store.strip(row.baseline), images.shape[-1]) if same else None
+    reference = from_strip(store.strip(base["row"]), images.shape[-1]) if base and same else None
     per_picture = seconds / len(images)
     figures = {
         "row": row.name,
@@ -285,7 +292,7 @@ def _draw(row: Row, pipe: Any, judge: Any, store: Store, settings: Settings) -> 
         "seconds": per_picture,
         "speedup": base["seconds"] / per_picture if base else 1.0,
         "accuracy": row.accuracy(judge, images),
-        "psnr": mean_psnr(images, reference) if same else None,
+        "psnr": None if reference is None else mean_psnr(images, reference),
         "captions": list(row.captions),
     }
     store.save(row.name, images, figures)
@@ -319,7 +326,7 @@ def run(out: Path, quick: bool = False, fresh: bool = False, sheet: Path | None 
             pipes = {row.model: zoo.load(row.model)}
             _warm_up(pipes[row.model])
         _draw(row, pipes[row.model], judge, store, settings)
-    results = [store.load(row.name) for row in wanted]
+    results = [store.finished(row.name) for row in wanted]
     _report(out, results, settings, store, sheet)
     return results
 

@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 
-Kind = Literal["scheduler", "cache", "attention", "adapter", "quantizer", "guider", "pipeline", "training", "model", "tool"]
+Kind = Literal[
+    "scheduler", "cache", "attention", "adapter", "quantizer", "guider", "pipeline", "training", "model", "tool"
+]
 
 __all__ = ["Claim", "MethodRecord", "register", "list_methods", "get_method"]
 
@@ -61,7 +63,7 @@ class MethodRecord:
     nodes: tuple[str, ...]
     claim: Claim
     conflicts: tuple[str, ...] = ()
-    public: type | None = None
+    public: Any = None  # the decorated class
 
     @property
     def module(self) -> str:
@@ -96,7 +98,7 @@ def register(record: MethodRecord):
             raise ValueError(f"{cls.__module__} registers {record.slug!r}, whose module must be {record.module}")
         bound = MethodRecord(**{**record.__dict__, "public": cls})
         _RECORDS[record.slug] = bound
-        cls.method = bound
+        cls.method = bound  # type: ignore[attr-defined]
         return cls
 
     return bind

@@ -122,7 +122,7 @@ def methods_index() -> str:
 
 def gallery() -> str:
     figures = "\n".join(
-        f"<figure markdown>[![{r.slug}](assets/methods/{r.slug}.png)](methods/{r.slug}.md)"
+        f"<figure markdown='span'>[![{r.slug}](assets/methods/{r.slug}.png)](methods/{r.slug}.md)"
         f"<figcaption>{r.slug}: {r.summary}</figcaption></figure>"
         for r in list_methods()
         if (ROOT / "docs" / "assets" / "methods" / f"{r.slug}.png").is_file()
