@@ -86,9 +86,8 @@ def from_x0(x0: torch.Tensor, x: torch.Tensor, alpha, sigma, prediction: Predict
 
 
 def _interpolate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Piecewise linear `table` at (fractional, clamped) index `x`; differentiable in `x`."""
-    x = x.clamp(0, len(table) - 1)
-    low = x.detach().floor().long().clamp(max=len(table) - 2)
+    """Piecewise linear `table` at (fractional) index `x`, extrapolated at the ends; differentiable in `x`."""
+    low = x.detach().floor().long().clamp(0, len(table) - 2)
     return table[low] + (x - low) * (table[low + 1] - table[low])
 
 
@@ -159,7 +158,6 @@ class NoiseSchedule:
         if self.table is None:
             return -log_snr / 4 if self.family == "ve" else self.num_train_timesteps * torch.sigmoid(-log_snr)
         rising = self.table.to(log_snr.device).flip(0)
-        lam = log_snr.clamp(rising[0], rising[-1])
-        high = torch.searchsorted(rising, lam.detach().contiguous()).clamp(1, len(rising) - 1)
-        share = (lam - rising[high - 1]) / (rising[high] - rising[high - 1])
+        high = torch.searchsorted(rising, log_snr.detach().contiguous()).clamp(1, len(rising) - 1)
+        share = (log_snr - rising[high - 1]) / (rising[high] - rising[high - 1])
         return len(rising) - high - share
