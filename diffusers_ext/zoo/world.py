@@ -179,19 +179,14 @@ def scenes(n: int, seed: int, start: int = 0, drop: float = 0.0) -> Scenes:
         >>> world.scenes(1, seed=999).captions
         ['a small yellow ring above a small purple square, plain orange background']
     """
-    if n < 1 or start < 0 or not 0 <= drop <= 1:
-        raise ValueError(f"scenes need n >= 1, start >= 0 and 0 <= drop <= 1; got n={n}, start={start}, drop={drop}")
-    draws = torch.rand(start + n, _DRAWS, generator=torch.Generator().manual_seed(seed))[start:]
-    spec_draws, keep_draws, render_draws = draws.split(
-        [_SPEC_DRAWS, _KEEP_DRAWS, _DRAWS - _SPEC_DRAWS - _KEEP_DRAWS], 1
-    )
-    specs, swapped = _specs(spec_draws)
-    parts = [render(s, d) for s, d in zip(specs.split(512), render_draws.split(512))]
-    captions = [
-        caption(spec, bool(swap), [name for name, u in zip(OPTIONAL, row) if u >= drop])
-        for spec, swap, row in zip(specs.tolist(), swapped.tolist(), keep_draws.tolist())
-    ]
+    specs, captions, draws = _sentences(n, seed, start, drop)
+    parts = [render(s, d) for s, d in zip(specs.split(512), draws.split(512))]
     return Scenes(specs, captions, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+
+
+def sentences(n: int, seed: int, start: int = 0, drop: float = 0.0) -> tuple[torch.Tensor, list[str]]:
+    """Specs `[n, 9]` and captions of the scenes that `scenes` would return, without drawing them."""
+    return _sentences(n, seed, start, drop)[:2]
 
 
 def held_out(n: int, start: int = 0) -> Scenes:
@@ -203,6 +198,21 @@ def held_out(n: int, start: int = 0) -> Scenes:
         torch.Size([8, 3, 64, 64])
     """
     return scenes(n, 999, start)
+
+
+def _sentences(n: int, seed: int, start: int, drop: float) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """Specs, captions, and the draws left for `render`; one row of uniform numbers settles all of a scene."""
+    if n < 1 or start < 0 or not 0 <= drop <= 1:
+        raise ValueError(f"scenes need n >= 1, start >= 0 and 0 <= drop <= 1; got n={n}, start={start}, drop={drop}")
+    draws = torch.rand(start + n, _DRAWS, generator=torch.Generator().manual_seed(seed))[start:]
+    widths = [_SPEC_DRAWS, _KEEP_DRAWS, _DRAWS - _SPEC_DRAWS - _KEEP_DRAWS]
+    spec_draws, keep_draws, render_draws = draws.split(widths, 1)
+    specs, swapped = _specs(spec_draws)
+    captions = [
+        caption(spec, swap, [name for name, u in zip(OPTIONAL, row) if u >= drop])
+        for spec, swap, row in zip(specs.tolist(), swapped.tolist(), keep_draws.tolist())
+    ]
+    return specs, captions, render_draws
 
 
 def _specs(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,6 +261,19 @@ def _coverage(specs: torch.Tensor, which: int, u: torch.Tensor, xs: torch.Tensor
         if chosen.any():
             distance[chosen] = signed_distance(x[chosen], y[chosen], radius[chosen])
     return (0.5 - distance).clamp(0, 1)
+
+
+def reach(specs: torch.Tensor) -> torch.Tensor:
+    """`[n, 2, 4]` boxes (left, top, right, bottom) that hold objects 1 and 2 in any scene; NaN if absent.
+
+    They depend on what a caption says only, so a loss may be weighted with them without a bias.
+    """
+    pair, layout = specs[:, 2] >= ROW, specs[:, 2]
+    size = specs[:, [5, 8]]
+    radius = _RADII[pair.long()[:, None], size.clamp(max=1), 1][..., None] * 1.15
+    centre, span = _CENTRES[:, layout].transpose(0, 1), _JITTER[layout][:, None] + radius
+    boxes = torch.cat([centre - span, centre + span], -1)
+    return boxes.masked_fill((size == _ABSENT[2])[..., None], math.nan)
 
 
 def render(specs: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,243 @@
+"""What each network is trained on: the losses of the judge, the text encoders, the autoencoder and the denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import networks
+import torch
+import torch.nn.functional as F
+from fitting import Draws
+from torch import nn
+
+from diffusers_ext.prediction import expand, from_x0, to_x0
+from diffusers_ext.zoo import Judge, world
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """8-bit pictures -> floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def attribute_loss(logits: list[torch.Tensor], specs: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the attributes of a scene."""
+    return sum(F.cross_entropy(l, specs[:, i]) for i, l in enumerate(logits)) / len(logits)
+
+
+def judge_loss(judge: Judge, images: torch.Tensor, specs: torch.Tensor) -> Callable:
+    """Read the attributes from pictures with a little noise, so that a decoder's errors do not matter."""
+
+    def loss(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
+        pictures = to_float(images[rows])
+        strength = 0.06 * draws.uniform(1, 1, 1)
+        noisy = pictures.to(strength.device) + strength * draws.normal(*pictures.shape[1:])
+        return attribute_loss(judge(noisy), specs[rows].to(strength.device))
+
+    return loss
+
+
+class CaptionReader(nn.Module):
+    """A text encoder with classifiers of the scene on top: it learns to read before any picture is drawn."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        sizes = world.ATTRIBUTES.values()
+        self.heads = nn.ModuleList(nn.Linear(networks.WIDTH, size + 1) for size in sizes)
+        self.token_heads = nn.ModuleList(nn.Linear(networks.WIDTH, size + 1) for size in sizes)
+
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Logits of the whole sentence (state of its last token) and of every position."""
+        states = self.encoder(input_ids=ids).last_hidden_state
+        last = states[torch.arange(len(ids)), lengths - 1]
+        return [head(last) for head in self.heads], [head(states) for head in self.token_heads]
+
+
+def text_loss(reader: CaptionReader, ids: torch.Tensor, lengths: torch.Tensor, specs: torch.Tensor) -> Callable:
+    """Tell the scene from the last token, and (weight 0.3) from one random position."""
+
+    def loss(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
+        device = reader.heads[0].weight.device
+        sentence, tokens = reader(ids[rows].to(device), lengths[rows].to(device))
+        position = 2 + int(draws.shared() * (networks.PROMPT_TOKENS - 2))
+        target = specs[rows].to(device)
+        return attribute_loss(sentence, target) + 0.3 * attribute_loss([t[:, position] for t in tokens], target)
+
+    return loss
+
+
+def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """L1 + 2 MSE + 0.5 L1 of the differences between neighbours, which keeps edges sharp."""
+    error = decoded - images
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+def vae_loss(vae: nn.Module, images: torch.Tensor, specs: torch.Tensor) -> Callable:
+    """Reconstruct; 85 % of the steps see 32 x 32 crops near an object, for most of a picture is plain ground."""
+    middle = world.reach(specs)[:, 0].unflatten(1, (2, 2)).mean(1)
+
+    def crops(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
+        at = middle[rows] - 16 + 28 * (draws.uniform(2).cpu() - 0.5)
+        at = at.round().long().clamp(0, world.SIZE - 32)
+        return torch.stack([images[i, :, y : y + 32, x : x + 32] for i, (x, y) in zip(rows.tolist(), at.tolist())])
+
+    def loss(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
+        near = draws.shared() < 0.85
+        x = to_float(crops(rows, draws) if near else images[rows[: max(len(rows) // 4, 1)]])
+        x = x.to(vae.device).contiguous(memory_format=torch.channels_last)
+        z = vae.encode(x).latent_dist.mean
+        noise = draws.normal(*z.shape[1:])[: len(z)]
+        decoded = vae.decode(z + networks.POSTERIOR_STD * noise).sample
+        return reconstruction_loss(decoded, x) + 1e-3 * z.square().mean()
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What the denoisers are trained on, computed once: unit-variance latents and the text states of their captions.
+
+    Row 0 of the text states is the empty prompt.
+    """
+
+    latents: torch.Tensor
+    specs: torch.Tensor
+    clip: torch.Tensor
+    pooled: torch.Tensor
+    t5: torch.Tensor
+
+
+def object_weight(specs: torch.Tensor) -> torch.Tensor:
+    """Loss weight `[n, 1, 16, 16]` of every latent, mean 1: five times as much where objects can be as elsewhere."""
+    at = (torch.arange(16) + 0.5) * 4
+    left, top, right, bottom = world.reach(specs)[..., None].unbind(2)
+    inside_x = (at >= left - 2) & (at <= right + 2)
+    inside_y = (at >= top - 2) & (at <= bottom + 2)
+    weight = 1 + 4.0 * (inside_y[..., :, None] & inside_x[..., None, :]).any(1)
+    return (weight / weight.mean())[:, None]
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents `[n, 4, 16, 16]` -> Flux tokens `[n, 64, 16]`, one per 2 x 2 patch."""
+    n = len(latents)
+    return latents.view(n, 4, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, 64, 16)
+
+
+def unpack(tokens: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack`."""
+    n = len(tokens)
+    return tokens.view(n, 8, 8, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, 4, 16, 16)
+
+
+def alphas_and_sigmas() -> tuple[torch.Tensor, torch.Tensor]:
+    """Signal and noise level of the 1000 timesteps of the UNets' schedule."""
+    alpha_bar = networks.diffusion_scheduler("epsilon").alphas_cumprod
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+class UNetTask:
+    """Noise levels, loss weights and calls of the UNets.
+
+    The error of the clean latents is weighted by min(snr + 1, 6), whatever is predicted: v and epsilon models learn
+    the same thing and differ in parametrisation only.
+    """
+
+    def __init__(self, prediction: str):
+        self.prediction = prediction
+        self.alpha, self.sigma = alphas_and_sigmas()
+
+    def levels(self, draws: Draws) -> torch.Tensor:
+        """Timesteps; 55 % of them in [100, 550), where shapes are decided."""
+        u, v = draws.uniform(2).unbind(1)
+        return torch.where(u < 0.55, 100 + 450 * v, 1000 * v).long()
+
+    def noise_levels(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.alpha.to(t.device)[t], self.sigma.to(t.device)[t]
+
+    def weight(self, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        snr = (alpha / sigma) ** 2
+        # Error of x0 per error of the output, squared: sigma^2 for v; (sigma / alpha)^2 for epsilon, which is kept
+        # from exploding where there is no signal left.
+        gain = sigma**2 if self.prediction == "v_prediction" else 1 / snr.clamp(min=0.02)
+        return (snr + 1).clamp(max=6) * gain
+
+    @staticmethod
+    def predict(model: nn.Module, x: torch.Tensor, t: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(x.contiguous(memory_format=torch.channels_last), t, text["clip"]).sample
+
+
+class FluxTask:
+    """Noise levels, loss weights and calls of the Flux transformer: rectified flow, x = (1 - s) x0 + s noise."""
+
+    prediction = "flow_prediction"
+
+    def levels(self, draws: Draws) -> torch.Tensor:
+        """Noise levels s: 70 % logit-normal, 30 % uniform."""
+        u, v = draws.uniform(2).unbind(1)
+        return torch.where(u < 0.7, torch.sigmoid(draws.normal()), v).clamp(0.004, 0.996)
+
+    def noise_levels(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 1 - s, s
+
+    def weight(self, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(sigma)
+
+    @staticmethod
+    def predict(model: nn.Module, x: torch.Tensor, s: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
+        image_ids, text_ids = (
+            torch.zeros(64, 3, device=x.device),
+            torch.zeros(networks.PROMPT_TOKENS, 3, device=x.device),
+        )
+        image_ids[:, 1:] = torch.cartesian_prod(torch.arange(8), torch.arange(8)).to(x)
+        output = model(
+            hidden_states=pack(x),
+            timestep=s,
+            pooled_projections=text["pooled"],
+            encoder_hidden_states=text["t5"],
+            img_ids=image_ids,
+            txt_ids=text_ids,
+        ).sample
+        return unpack(output)
+
+
+class Teacher:
+    """A trained v-prediction UNet in the place of the data: it knows the mean of all clean latents behind a noisy one.
+
+    A denoiser learns that mean anyway, from single samples; taking it from the teacher removes the sampling noise from
+    the gradients, which is most of the loss of these models.
+    """
+
+    def __init__(self, unet: nn.Module):
+        self.unet = unet.eval().requires_grad_(False)
+        alpha, sigma = alphas_and_sigmas()
+        self._noise_to_signal = sigma / alpha
+
+    @torch.no_grad()
+    def clean(self, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, text: dict) -> torch.Tensor:
+        """Mean clean latents given `x = alpha * x0 + sigma * noise`, in any scaling of alpha and sigma."""
+        ratio, known = (sigma / alpha).flatten().log(), self._noise_to_signal.to(x.device).log()
+        above = torch.searchsorted(known, ratio.contiguous()).clamp(1, len(known) - 1)
+        t = above - 1 + ((ratio - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
+        norm = (alpha**2 + sigma**2).sqrt()
+        scaled = x / norm
+        return to_x0(UNetTask.predict(self.unet, scaled, t, text), scaled, alpha / norm, sigma / norm, "v_prediction")
+
+
+def denoising_loss(model: nn.Module, task: UNetTask | FluxTask, cache: Cache, teacher: Teacher | None) -> Callable:
+    """Weighted squared error of the model's output; 10 % of the captions are emptied, for guidance."""
+    everywhere = object_weight(cache.specs).half()
+
+    def loss(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
+        z, noise, level = cache.latents[rows], draws.normal(*cache.latents.shape[1:]), task.levels(draws)
+        z, weight = z.to(noise), everywhere[rows].to(noise)
+        said = torch.where(draws.uniform().cpu() < 0.1, 0, rows + 1)
+        text = {name: getattr(cache, name)[said].to(noise) for name in ("clip", "pooled", "t5")}
+        alpha, sigma = (expand(v, z) for v in task.noise_levels(level))
+        x = alpha * z + sigma * noise
+        clean = z if teacher is None else teacher.clean(x, alpha, sigma, text)
+        error = task.predict(model, x, level, text) - from_x0(clean, x, alpha, sigma, task.prediction)
+        return (weight * task.weight(alpha, sigma) * error.square()).mean()
+
+    return loss
