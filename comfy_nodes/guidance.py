@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
@@ -21,7 +22,7 @@ class SuperDiffGuider(comfy.samplers.CFGGuider):
         self.second_patcher = second_patcher
         self.settings: dict = {}
         self.mix = None
-        self._second, self._second_conds, self._noise_step = None, None, None
+        self._second, self._second_conds, self._second_options, self._noise_step = None, None, None, None
 
     def begin_step(self, step) -> None:
         """Called by the SuperDiff sampler with the noise it is about to add."""
@@ -35,21 +36,23 @@ class SuperDiffGuider(comfy.samplers.CFGGuider):
         if self.second_patcher is None:
             return super().outer_sample(noise, *args, **kwargs)
         conds = {"positive_b": [c.copy() for c in self.conds["positive_b"]]}
-        options = self.second_patcher.model_options
+        options = comfy.model_patcher.create_model_options_clone(self.second_patcher.model_options)
+        comfy.sampler_helpers.prepare_model_patcher(self.second_patcher, conds, options)
         self._second, conds, loaded = comfy.sampler_helpers.prepare_sampling(
             self.second_patcher, noise.shape, conds, options
         )
-        self._second_conds = conds["positive_b"]
+        self._second_conds, self._second_options = conds["positive_b"], options
         self.second_patcher.pre_run()
         try:
             return super().outer_sample(noise, *args, **kwargs)
         finally:
             self.second_patcher.cleanup()
             comfy.sampler_helpers.cleanup_models(conds, loaded)
-            self._second = self._second_conds = None
+            self._second = self._second_conds = self._second_options = None
 
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs):
         if self._second is not None:
+            self._second_options["transformer_options"]["sample_sigmas"] = sigmas
             seed, shapes = (args[2] if len(args) > 2 else kwargs.get("seed")), kwargs.get("latent_shapes")
             latent = self._second.process_latent_in(latent_image) if latent_image.count_nonzero() else latent_image
             self._second_conds = comfy.samplers.process_conds(
@@ -77,7 +80,9 @@ class SuperDiffGuider(comfy.samplers.CFGGuider):
             conds.pop(1)
         found = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
         if self._second is not None:
-            second = comfy.samplers.calc_cond_batch(self._second, [self._second_conds], x, timestep, options)
+            second = comfy.samplers.calc_cond_batch(
+                self._second, [self._second_conds], x, timestep, self._second_options
+            )
             found = [found[0], second[0], *found[1:]]
         return torch.stack(found[:2]), found[2] if len(found) > 2 else None
 
