@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -84,7 +85,7 @@ class Inputs:
 
 @dataclass
 class _Context(Generic[S]):
-    states: list[S]
+    state: S
     kept_alive: list[torch.Tensor]
     calls: int = 0
     tick: int = 0
@@ -92,7 +93,7 @@ class _Context(Generic[S]):
 
 @dataclass(frozen=True)
 class Position(Generic[S]):
-    """Where a denoiser call is: its step in the run (from 0) and the state that belongs to its prompt and slot."""
+    """Where a denoiser call is: its step in the run (from 0) and the state that belongs to its kind of call."""
 
     step: int
     state: S
@@ -102,22 +103,21 @@ class Position(Generic[S]):
 class RunTracker(Generic[S]):
     """Tells which step of which run a denoiser call is, and keeps one state per kind of call.
 
-    Calls are counted, never looked up by timestep value: duplicated and fractional timesteps are fine. Conditional and
+    Steps are counted, never looked up by timestep value: duplicated and fractional timesteps are fine. Conditional and
     unconditional calls are told apart by the memory of their conditioning tensors (and by diffusers' cache context
-    where a pipeline sets one), so that one never sees the other's features. All state is dropped when the timestep
-    increases, the timesteps belong to another schedule, or `reset` is called. A context is started afresh when sample
-    shape, dtype, device or conditioning change, or when it sat out a step.
+    where a pipeline sets one); several calls at one timestep (Heun, perturbed guidance, tiles) by their order. None
+    of them ever sees the state of another. All state is dropped when the timestep increases, the timesteps belong to
+    another schedule, or `reset` is called. A kind of call starts afresh when its sample shape, dtype, device or
+    conditioning change, or when it sat out a step.
 
     Args:
-        new_state: Makes the state of one context and slot.
-        calls_per_step: Calls with the same conditioning that make up one step (2 for perturbed guidance); each
-            has its own state.
+        new_state: Makes the state of one kind of call.
     """
 
     new_state: Callable[[], S]
-    calls_per_step: int = 1
     runs: int = 0
     _contexts: dict[Hashable, _Context[S]] = field(default_factory=dict)
+    _at_this_time: Counter = field(default_factory=Counter)
     _time: float | None = None
     _schedule: torch.Tensor | None = None
     _tick: int = 0
@@ -125,10 +125,11 @@ class RunTracker(Generic[S]):
     def reset(self) -> None:
         """Forget the run."""
         self._contexts.clear()
+        self._at_this_time.clear()
         self._time, self._schedule, self._tick = None, None, 0
 
-    def begin(self, inputs: Inputs, name: str | None = None) -> Position[S]:
-        """Register a call. `name` is diffusers' cache context, if any."""
+    def begin(self, inputs: Inputs, name: Hashable = None) -> Position[S]:
+        """Register a call. `name` tells kinds of calls apart where the caller knows them, e.g. a cache context."""
         time = inputs.time
         if self._is_new_run(time, inputs.schedule):
             self.reset()
@@ -137,15 +138,15 @@ class RunTracker(Generic[S]):
         elif time != self._time:
             self._advance()
         self._time, self._schedule = time, inputs.schedule
-        key = (name, inputs.key())
+        kind = (name, inputs.key())
+        key = (kind, self._at_this_time[kind])
+        self._at_this_time[kind] += 1
         context = self._contexts.get(key)
         if context is None:
-            states = [self.new_state() for _ in range(self.calls_per_step)]
-            context = self._contexts[key] = _Context(states, inputs.conditioning)
-        step, slot = divmod(context.calls, self.calls_per_step)
+            context = self._contexts[key] = _Context(self.new_state(), inputs.conditioning)
         context.calls += 1
         context.tick = self._tick
-        return Position(step, context.states[slot])
+        return Position(context.calls - 1, context.state)
 
     def _is_new_run(self, time: float, schedule: torch.Tensor | None) -> bool:
         if self._time is None:
@@ -158,8 +159,9 @@ class RunTracker(Generic[S]):
         return schedule.untyped_storage().data_ptr() != before.untyped_storage().data_ptr()
 
     def _advance(self) -> None:
-        """A new timestep: contexts that were not called at the one before have gone stale."""
+        """A new timestep: kinds of calls that did not happen at the one before have gone stale."""
         self._contexts = {key: c for key, c in self._contexts.items() if c.tick == self._tick}
+        self._at_this_time.clear()
         self._tick += 1
 
 

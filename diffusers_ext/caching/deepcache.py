@@ -118,18 +118,28 @@ def skipped_modules(unet: torch.nn.Module, branch: Branch) -> tuple[list[torch.n
 
 
 @dataclass
-class _State:
-    """Of one context: the stored feature C, and outlines of outputs whose values nobody reads."""
+class _Step:
+    """What a full step leaves: the feature C, and outlines of outputs whose values nobody reads."""
 
     feature: Any = None
     outlines: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass
-class _Shared:
-    """Read by the block hooks, written by the root hook."""
+class _Store:
+    """Of one context: its last full step."""
 
-    state: _State | None = None
+    step: _Step | None = None
+
+
+@dataclass
+class _Shared:
+    """Read by the block hooks, written by the root hook. `step` is None outside of a call.
+
+    A full step always fills a fresh `_Step`, so that all of them look alike to `torch.compile`.
+    """
+
+    step: _Step | None = None
     reuse: bool = False
 
 
@@ -141,41 +151,40 @@ class _SkipHook(ModelHook):
         self.shared, self.index = shared, index
 
     def new_forward(self, module: torch.nn.Module, *args, **kwargs):
-        state = self.shared.state
-        if state is not None and self.shared.reuse:
-            return self.replay(state)
+        step = self.shared.step
+        if step is not None and self.shared.reuse:
+            return self.replay(step)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        if state is not None:
-            self.record(state, output)
+        if step is not None:
+            self.record(step, output)
         return output
 
-    def record(self, state: _State, output: Any) -> None:
-        state.outlines[self.index] = (
-            map_tensors(output, lambda t: torch.empty_like(t, device="meta")),
-            tensors_in(output)[0].device,
-        )
+    def record(self, step: _Step, output: Any) -> None:
+        outline = map_tensors(output, lambda t: torch.empty_like(t, device="meta"))
+        step.outlines[self.index] = outline, tensors_in(output)[0].device
 
-    def replay(self, state: _State) -> Any:
-        outline, device = state.outlines[self.index]
-        return map_tensors(outline, lambda t: torch.empty_like(t, device=device))
+    def replay(self, step: _Step) -> Any:
+        outline, device = step.outlines[self.index]
+        return map_tensors(outline, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
 
 
 class _SourceHook(_SkipHook):
     """On the module whose output is the feature C. Copies both ways: FreeU and T2I adapters write in place."""
 
-    def record(self, state: _State, output: Any) -> None:
-        state.feature = map_tensors(output, lambda t: t.detach().clone())
+    def record(self, step: _Step, output: Any) -> None:
+        step.feature = map_tensors(output, lambda t: t.detach().clone())
 
-    def replay(self, state: _State) -> Any:
-        return map_tensors(state.feature, torch.clone)
+    def replay(self, step: _Step) -> Any:
+        return map_tensors(step.feature, torch.clone)
 
 
-class _RootHook(RunHook[_State]):
+class _RootHook(RunHook[_Store]):
     """On the UNet: decides between a full and a reused step."""
 
     def __init__(self, config: DeepCacheConfig, shared: _Shared):
-        super().__init__(RunTracker(_State, config.calls_per_step))
+        super().__init__(RunTracker(_Store))
         self.config, self.shared = config, shared
+        self.store: _Store | None = None
         self.computed = self.reused = 0
         self.changes: list[torch.Tensor] = []
         self.arguments: tuple[tuple, dict] | None = None
@@ -185,19 +194,18 @@ class _RootHook(RunHook[_State]):
         self.changes = []
         self.arguments = map_tensors((args, kwargs), lambda t: torch.empty_like(t, device="meta"))
 
-    def begin_call(self, position: Position[_State]) -> None:
-        state = position.state
-        self.shared.reuse = state.feature is not None and not self.config.is_full_step(position.step)
-        self.shared.state = state
-        self._before = state.feature
-        self.computed += not self.shared.reuse
-        self.reused += self.shared.reuse
+    def begin_call(self, position: Position[_Store]) -> None:
+        self.store = position.state
+        reuse = self.store.step is not None and not self.config.is_full_step(position.step)
+        self.shared.reuse, self.shared.step = reuse, self.store.step if reuse else _Step()
+        self.computed += not reuse
+        self.reused += reuse
 
     def end_call(self) -> None:
-        state, before = self.shared.state, self._before
-        if not self.shared.reuse and before is not None:
-            new, old = tensors_in(state.feature)[0].float(), tensors_in(before)[0].float()
-            self.changes.append((new - old).norm() / old.norm())
+        if not self.shared.reuse:
+            if self.store.step is not None:
+                self.changes.append(_change(self.shared.step.feature, self.store.step.feature))
+            self.store.step = self.shared.step
         self._release()
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -205,14 +213,14 @@ class _RootHook(RunHook[_State]):
         return super().reset_state(module)
 
     def _release(self) -> None:
-        self.shared.state, self.shared.reuse, self._before = None, False, None
+        self.shared.step, self.shared.reuse, self.store = None, False, None
 
     def macs(self, unet: torch.nn.Module) -> dict[str, int]:
         """MACs of a full and of a reused call with the last run's shapes, counted on the meta device."""
         parameters = {**dict(unet.named_parameters()), **dict(unet.named_buffers())}
         parameters = map_tensors(parameters, lambda t: torch.empty_like(t, device="meta"))
         counts = {}
-        self.paused, self.shared.state = True, _State()
+        self.paused, self.shared.step = True, _Step()
         try:
             for name, self.shared.reuse in (("full", False), ("reused", True)):
                 args, kwargs = map_tensors(self.arguments, torch.empty_like)
@@ -221,6 +229,12 @@ class _RootHook(RunHook[_State]):
             self.paused = False
             self._release()
         return counts
+
+
+def _change(new: Any, old: Any) -> torch.Tensor:
+    """Relative change of the stored feature from one full step to the next."""
+    new, old = tensors_in(new)[0].float(), tensors_in(old)[0].float()
+    return (new - old).norm() / old.norm()
 
 
 @register(
@@ -261,8 +275,6 @@ class DeepCacheConfig(MethodConfig):
         center: Step around which `"quad"` is dense. Default 15.
         pow: How strongly, above 1. Default 1.4.
         num_inference_steps: Steps of the run; `"quad"` needs it, later steps are computed in full.
-        calls_per_step: UNet calls with the same prompt that make up one step: 2 for guidance that calls the model
-            twice with one prompt. Conditional and unconditional calls are told apart without it. Default 1.
 
     Raises:
         ValueError: Values out of range; on `apply`, a model without skip connections or such a branch.
@@ -289,12 +301,10 @@ class DeepCacheConfig(MethodConfig):
     center: float = 15
     pow: float = 1.4
     num_inference_steps: int | None = None
-    calls_per_step: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("cache_interval", "calls_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: whole numbers from 1")
+        if self.cache_interval < 1:
+            raise ValueError(f"cache_interval is {self.cache_interval}; accepted: whole numbers from 1")
         if (self.cache_block_id is None) != (self.cache_layer_id is None):
             raise ValueError("cache_block_id and cache_layer_id name a branch together: give both or neither")
         if not isinstance(self.skip_mode, str):

@@ -1,0 +1,211 @@
+"""Caches: what a setting saves (operations, time) and what it costs (difference to the uncached run, judge's score).
+
+Everything in one process: the uncached run, each setting, and for UNets the published `DeepCache` helper beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import diffusers_ext
+from diffusers_ext import zoo
+from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
+from diffusers_ext.registry import MethodRecord
+
+
+INTERVALS = (2, 3, 5)
+STEPS = 50
+PICTURES = 32
+TIMED_PICTURES = 4
+COLUMNS = ["Model", "Setting", "MACs", "Time", "PSNR to uncached", "Judge: all attributes"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row: a name, and a context manager that turns it on for a pipeline."""
+
+    name: str
+    turned_on: Callable[[Any], AbstractContextManager]
+
+
+def _configs(record: MethodRecord) -> dict[str, Any]:
+    """Three strengths, weakest first: by interval where the method has one, else its default alone."""
+    fields = record.public.__dataclass_fields__
+    if "cache_interval" in fields:
+        return {f"N = {n}": record.public(cache_interval=n) for n in INTERVALS}
+    return {"default": record.public()}
+
+
+@contextmanager
+def _helper(pipe: Any, interval: int) -> Iterator[None]:
+    """The published helper package of DeepCache, the peer."""
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    helper.enable()
+    try:
+        yield
+    finally:
+        helper.disable()
+
+
+def settings_of(record: MethodRecord) -> list[Setting]:
+    """All rows of a method: its own settings, then its peers'."""
+    rows = [
+        Setting(name, lambda pipe, config=config: diffusers_ext.apply(pipe, config))
+        for name, config in _configs(record).items()
+    ]
+    if record.slug == "deepcache":
+        rows += [Setting(f"N = {n}, PyPI DeepCache 0.1.1", lambda pipe, n=n: _helper(pipe, n)) for n in INTERVALS]
+    return rows
+
+
+def _zoo_pipeline(record: MethodRecord):
+    pipe = zoo.load("shapes-unet" if "unet" in record.targets else "shapes-dit")
+    if "unet" in record.targets:
+        from diffusers import DDIMScheduler
+
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def _ratio_of_macs(run: Callable[[], Any], turned_on: Callable[[], AbstractContextManager]) -> float:
+    plain = count_macs(run)
+    with turned_on():
+        return count_macs(run) / plain
+
+
+def _time_ratio(run: Callable[[], Any], turned_on: Callable[[], AbstractContextManager], pairs: int):
+    def candidate() -> None:
+        with turned_on():
+            run()
+
+    # Processor time of this process: other load on the machine must not decide.
+    return paired_ratio(candidate, run, pairs=pairs, clock=time.process_time)
+
+
+def _denoise_only(pipe: Any, captions: list[str], steps: int) -> Callable[[], Any]:
+    return lambda: zoo.generate(pipe, captions, num_inference_steps=steps)
+
+
+def zoo_rows(record: MethodRecord, pictures: dict[str, torch.Tensor]) -> Iterator[list[Any]]:
+    """Rows on the trained shapes model; pictures of the method's own settings are put into `pictures`."""
+    pipe, scenes, judge = _zoo_pipeline(record), zoo.held_out(PICTURES), zoo.load_judge()
+    name = "shapes-unet" if "unet" in record.targets else "shapes-dit"
+
+    def draw() -> torch.Tensor:
+        return zoo.generate(pipe, scenes.captions, num_inference_steps=STEPS)
+
+    def judged(images: torch.Tensor) -> str:
+        return f"{judge.accuracy(images, scenes.specs)['all']:.1%}"
+
+    reference = pictures["uncached"] = draw()
+    yield [name, "uncached", "1", "1", "", judged(reference)]
+    short = _denoise_only(pipe, list(scenes.captions[:TIMED_PICTURES]), STEPS // 2)
+    for setting in settings_of(record):
+        with setting.turned_on(pipe):
+            images = draw()
+        if "PyPI" not in setting.name:
+            pictures[setting.name] = images
+        macs = _ratio_of_macs(short, lambda s=setting: s.turned_on(pipe))
+        timing = _time_ratio(short, lambda s=setting: s.turned_on(pipe), pairs=3)
+        psnr = mean_psnr(images, reference)
+        yield [name, setting.name, f"{macs:.3f}", str(timing), f"{psnr:.2f} dB", judged(images)]
+
+
+def _stable_diffusion(device: str) -> tuple[Any, Callable[[], None]]:
+    """Stable Diffusion 1.5's UNet with random weights (operations and time do not depend on them), and a call of it.
+
+    Every call is the next timestep of a run on 64 x 64 latents, batch 1.
+    """
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False)
+        latents, text = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
+    pipe = SimpleNamespace(unet=unet, scheduler=DDIMScheduler())
+    pipe.scheduler.set_timesteps(STEPS)
+    timesteps = iter(pipe.scheduler.timesteps)
+
+    @torch.no_grad()
+    def call() -> None:
+        unet(latents, next(timesteps), encoder_hidden_states=text, return_dict=False)
+
+    return pipe, call
+
+
+def real_size_rows(record: MethodRecord) -> Iterator[list[Any]]:
+    """Rows on a UNet of Stable Diffusion 1.5's size.
+
+    One full and one shallow call are measured at N = 2, where they alternate; a run at interval N is one full call
+    and N - 1 shallow ones.
+    """
+    for setting in settings_of(record):
+        if "N = 2" not in setting.name:
+            continue
+        pipe, call = _stable_diffusion("meta")
+        with setting.turned_on(pipe):
+            full, shallow = count_macs(call), count_macs(call)
+        pipe, call = _stable_diffusion("cpu")
+        with setting.turned_on(pipe):
+            timing = paired_ratio(call, call, pairs=1, warmup=1, clock=time.process_time)
+        for n in INTERVALS:
+            name = setting.name.replace("N = 2", f"N = {n}")
+            macs, seconds = ((1 + (n - 1) * share) / n for share in (shallow / full, timing.ratio))
+            yield ["SD 1.5 size, random weights", name, f"{macs:.3f}", f"{seconds:.3f}", "", ""]
+
+
+def _grid(pictures: dict[str, torch.Tensor], path: Path, count: int = 6) -> Path:
+    """One line of pictures per setting, uncached on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(pictures), count, figsize=(1.15 * count + 0.9, 1.15 * len(pictures)), dpi=120)
+    for line, (name, images) in zip(axes, pictures.items()):
+        for cell, image in zip(line, images):
+            cell.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="nearest")
+            cell.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
+    """Measure a cache.
+
+    Args:
+        record: Its catalogue record.
+        out_dir: Where the picture is written.
+
+    Returns:
+        `columns`, `rows`, `notes` and `picture`, as `benchmarks/run.py` expects.
+    """
+    pictures: dict[str, torch.Tensor] = {}
+    rows = list(zoo_rows(record, pictures))
+    notes = (
+        f"Shapes model: {PICTURES} held-out captions, {STEPS} steps, guidance 3; MACs and time of whole pipeline "
+        f"calls with {TIMED_PICTURES} pictures and {STEPS // 2} steps. MACs and Time are shares of the uncached run; "
+        "time is processor time, the median of interleaved pairs with their smallest and largest."
+    )
+    if "unet" in record.targets:
+        rows += real_size_rows(record)
+        notes += (
+            " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1, UNet calls only; one full and one "
+            "shallow call measured after a warm-up of both, intervals computed from them."
+        )
+    picture = _grid(pictures, out_dir / f"{record.slug}.png")
+    return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": picture}
