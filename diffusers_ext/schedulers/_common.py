@@ -305,16 +305,17 @@ def _translate(config):
     """A scheduler config of diffusers in the option names used here."""
     if config is None or not hasattr(config, "get"):
         return config
-    name = str(config.get("_class_name", ""))
     if "sigma_data" in config:
         raise ValueError(
-            f"{name} serves EDM-preconditioned models, which this scheduler does not support; it accepts VP models "
-            "(epsilon, v_prediction, sample) and flow models (flow_prediction)"
+            "this config is of an EDM-preconditioned model, which this scheduler does not support; it accepts VP "
+            "models (epsilon, v_prediction, sample) and flow models (flow_prediction)"
         )
-    if "FlowMatch" not in name and not config.get("use_flow_sigmas"):
+    # diffusers' FlowMatch schedulers have a shift and neither betas nor a prediction type
+    if not config.get("use_flow_sigmas") and ("shift" not in config or "beta_start" in config):
         return config
-    shift = config.get("shift", config.get("flow_shift", 1.0))
-    return {**config, "prediction_type": "flow_prediction", "shift": shift}
+    known = {"prediction_type": "flow_prediction", "shift": config.get("shift", config.get("flow_shift", 1.0))}
+    defaults = [name for name in config.get("_use_default_values", ()) if name not in known]
+    return {**config, **known, "_use_default_values": defaults}
 
 
 def require_choice(name: str, value, accepted: Sequence) -> None:
