@@ -289,11 +289,11 @@ def test_or_draws_either_prompt(shapes_unet):
     pipe = quiet(SuperDiffPipeline.from_pipe(shapes_unet))
     for logp, low, high in ((0.0, 0.35, 0.65), (1000.0, 0.9, 1.0)):
         out = pipe(
-            PROMPTS, operation="or", guidance_scale=3.0, num_inference_steps=100, logp=logp, output_type="pt",
+            PROMPTS, operation="or", guidance_scale=3.0, num_inference_steps=50, logp=logp, output_type="pt",
             num_images_per_prompt=64, generator=[torch.Generator().manual_seed(s) for s in range(64)],
         )  # fmt: skip
         chosen = pick(out.images)
-        assert (chosen >= 0).float().mean() > 0.8
+        assert (chosen >= 0).float().mean() > 0.7
         assert low <= (chosen[chosen >= 0] == 0).float().mean() <= high
 
 
