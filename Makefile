@@ -10,37 +10,42 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
 COMFYUI_DIR ?= .comfy/ComfyUI
 BROWSER_DIR ?= .comfy/browser
-export COMFYUI_DIR BROWSER_DIR
+TINY_MODELS ?= .comfy/tiny
+export COMFYUI_DIR BROWSER_DIR TINY_MODELS
 # Idle OpenMP threads that spin slow every other process down when cores are shared.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow bench docs comfy lint thumbnails clean
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+TEST_NEEDS := $(VENV)/.dev $(VENV)/.comfyui $(TINY_MODELS)/.written browser
+
+.PHONY: demo test test-slow bench docs comfy lint thumbnails browser clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package ## small pictures from the shipped models, and what the methods save
 	$(BIN)/diffusers-ext demo
 
-test: $(VENV)/.dev $(VENV)/.comfyui $(VENV)/.browser ## everything but the slow tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
+test: $(TEST_NEEDS) ## everything but the slow tests
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.dev $(VENV)/.comfyui $(VENV)/.browser
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(PYTEST_ARGS)
+test-slow: $(TEST_NEEDS) ## tests that take minutes
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.run
+bench: $(VENV)/.dev ## every claim beside its peers, measured here
+	$(BIN)/diffusers-ext bench all
 
-docs: $(VENV)/.dev
+docs: $(VENV)/.dev ## the site, into site/
 	$(BIN)/mkdocs build --strict
 
 comfy: $(VENV)/.comfyui ## start ComfyUI with this pack and print the URL
 	$(BIN)/python scripts/start_comfyui.py
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## ruff, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-thumbnails: $(VENV)/.dev $(VENV)/.comfyui $(VENV)/.browser ## redraw workflows/*.jpg and docs/assets/workflows/*.png
+thumbnails: $(VENV)/.dev $(VENV)/.comfyui browser ## redraw workflows/*.jpg and docs/assets/workflows/*.png
 	$(BIN)/python scripts/render_workflows.py
 
 clean:
@@ -64,6 +69,10 @@ $(VENV)/.comfyui: scripts/install_comfyui.sh scripts/comfyui_cpu_shim.py require
 	scripts/install_comfyui.sh $(VENV) $(COMFYUI_DIR)
 	touch $@
 
-$(VENV)/.browser: scripts/install_browser.sh $(VENV)/.torch
+# No stamp: it looks before it installs, and tries again where a part was missing.
+browser:
 	scripts/install_browser.sh $(BROWSER_DIR)
+
+$(TINY_MODELS)/.written: scripts/write_tiny_models.py $(VENV)/.comfyui
+	$(BIN)/python scripts/write_tiny_models.py $(COMFYUI_DIR) $(TINY_MODELS)
 	touch $@

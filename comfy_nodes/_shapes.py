@@ -71,7 +71,7 @@ def _model(name: str):
 
 
 def load_model(name: str):
-    """The denoiser as a ComfyUI MODEL."""
+    """The denoiser as a ComfyUI MODEL. An unknown name raises `ValueError`, a damaged folder `RuntimeError`."""
     model, state = _model(name)
     patcher = model_patcher.CoreModelPatcher(
         model, load_device=model_management.get_torch_device(), offload_device=model_management.unet_offload_device()

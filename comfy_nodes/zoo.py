@@ -11,7 +11,7 @@ from comfy_api.latest import io
 def _shipped_models() -> list[str]:
     """Names of the models that lie in `diffusers_ext`, found without importing it."""
     (package,) = importlib.util.find_spec("diffusers_ext").submodule_search_locations
-    return sorted(p.parent.name for p in Path(package).glob("zoo/weights/*/model_index.json"))
+    return sorted(p.parent.name for p in Path(package).glob("zoo/weights/*/manifest.json"))
 
 
 class DXLoadShapes(io.ComfyNode):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from diffusers_ext.registry import unknown
+from ..registry import unknown
+from .pipelines import WEIGHTS, check_folder, names
 
 
 StateDict = dict[str, torch.Tensor]
 
-_WEIGHTS = Path(__file__).parent / "weights"
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -65,21 +65,17 @@ _FLUX_FUSED = {
 _FLUX_FUSED_SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
 
 
-def model_names() -> list[str]:
-    """Names of the shipped models, e.g. `"shapes-unet"`."""
-    return sorted(p.parent.name for p in _WEIGHTS.glob("*/model_index.json"))
-
-
 def model_folder(name: str) -> Path:
-    """Folder of a shipped model. Raises `ValueError` for an unknown name."""
-    if name not in model_names():
-        raise ValueError(unknown("shipped model", name, model_names()))
-    return _WEIGHTS / name
+    """Folder of a shipped model, its files checked. Raises `ValueError` for an unknown name."""
+    if name not in names():
+        raise ValueError(unknown("zoo model", name, names()))
+    check_folder(WEIGHTS / name)
+    return WEIGHTS / name
 
 
 def read_config(name: str, component: str) -> dict:
     """The JSON config of one component, e.g. `read_config("shapes-unet", "vae")`."""
-    folder = model_folder(name) / component
+    folder = WEIGHTS / name / component
     file = "scheduler_config.json" if component == "scheduler" else "config.json"
     return json.loads((folder / file).read_text(encoding="utf-8"))
 
@@ -88,7 +84,7 @@ def read_weights(name: str, component: str) -> StateDict:
     """The weights of one component in float32."""
     from safetensors.torch import load_file
 
-    (file,) = (model_folder(name) / component).glob("*.safetensors")
+    (file,) = (WEIGHTS / name / component).glob("*.safetensors")
     return {key: tensor.float() for key, tensor in load_file(file).items()}
 
 

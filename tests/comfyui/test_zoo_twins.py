@@ -12,7 +12,7 @@ from diffusers_ext.zoo import comfy_layout
 
 
 CAPTIONS = ["a small red circle left of a large green square, striped blue background", "", "zebra 42!"]
-UNETS = [n for n in comfy_layout.model_names() if "unet" in n]
+UNETS = [n for n in zoo.names() if "unet" in n]
 STEPS = 20
 
 load = functools.cache(zoo.load)
@@ -31,7 +31,7 @@ def _states(pipe, caption: str):
     return states, pooled
 
 
-@pytest.mark.parametrize("name", comfy_layout.model_names())
+@pytest.mark.parametrize("name", zoo.names())
 @pytest.mark.parametrize("caption", CAPTIONS)
 @torch.no_grad()
 def test_prompt_embeddings(native_pipe, encode, name, caption):
@@ -42,7 +42,7 @@ def test_prompt_embeddings(native_pipe, encode, name, caption):
         torch.testing.assert_close(extra["pooled_output"], pooled, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", comfy_layout.model_names())
+@pytest.mark.parametrize("name", zoo.names())
 @torch.no_grad()
 def test_autoencoder(native_pipe, name):
     reference, native = load(name).vae, native_pipe(name)[2]
@@ -106,7 +106,7 @@ def test_dit_picture_after_20_steps(comfy, native_pipe, encode):
 
 def test_loader_offers_the_shipped_models(dx_nodes):
     (combo,) = dx_nodes["DXLoadShapes"].define_schema().inputs
-    assert list(combo.options) == comfy_layout.model_names()
+    assert list(combo.options) == zoo.names()
 
 
 def test_unknown_model_is_named():
