@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..prediction import NoiseSchedule, Prediction, to_noise
 from ._common import guided_model
+from ._native import model_sampling_of, native_schedule
 
 
 REDUCTIONS = ("element", "channel", "scalar")
@@ -297,6 +298,27 @@ def calibrate_ems(pipe, latents: torch.Tensor, prompts: Sequence[str], guidance_
     model = guided_model(pipe, prompts, guidance_scale)
     settings = {"reduce": "channel", "guidance_scale": guidance_scale, **options}
     return compute_ems(model, schedule, latents, prediction, **settings)
+
+
+def native_ems(model: Callable, latents: torch.Tensor, extra_args: dict | None = None, **options) -> EMS:
+    """Statistics of a ComfyUI model.
+
+    Args:
+        model: The function a KSAMPLER hands to its sampler: `(x, sigma, **extra_args) -> denoised`, guidance inside.
+        latents: Clean latents as the model sees them.
+        extra_args: As ComfyUI passes them.
+        options: Of `compute_ems`. The estimator is `"fd"`: ComfyUI runs models in inference mode, without derivatives.
+    """
+    sampling = model_sampling_of(model)
+    schedule = native_schedule(sampling)
+
+    def noise(x: torch.Tensor, timestep: torch.Tensor, rows: slice) -> torch.Tensor:
+        alpha, sigma = (v.to(x) for v in schedule.levels(schedule.log_snr(timestep)))
+        scale = 1 if schedule.family == "flow" else alpha  # ComfyUI's samples have alpha = 1 unless they are flows
+        x0 = model(x / scale, (sigma / scale).expand(len(x)), **(extra_args or {}))
+        return (x - alpha * x0) / sigma
+
+    return compute_ems(noise, schedule, latents, "epsilon", estimator="fd", progress=False, **options)
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from ..prediction import NoiseSchedule, to_noise
+from ..prediction import NoiseSchedule, to_x0
 from ..registry import Claim, MethodRecord, register
 from ._common import NoiseLevelScheduler, require_choice, schedule_config
 from ._ems import EMS, calibrate_ems, compute_ems, log_snr_span
+from ._native import NativeRun
 
 
 __all__ = ["EMS", "DPMSolverV3MultistepScheduler", "calibrate_ems", "compute_ems"]
@@ -169,7 +170,9 @@ class Solver:
         wanted = log_snr.double().clamp(low, high)
         cell = (high - low) / (len(ems.log_snr) - 1)
         gaps = [gap for gap in wanted.diff().tolist() if gap > cell / 100]  # smaller ones are repeated timesteps
-        self.ems = ems.refined(max(1, math.ceil(_CELLS_PER_STEP * cell / min(gaps, default=cell))))
+        # powers of two nest, so that snapping nodes that are snapped already changes nothing
+        doublings = math.ceil(math.log2(_CELLS_PER_STEP * cell / min(gaps, default=cell)) - 0.01)
+        self.ems = ems.refined(2 ** max(0, doublings))
         share = (wanted - low) / (high - low)
         self.indices: list[int] = (share * (len(self.ems.log_snr) - 1)).round().long().tolist()
         self.schedule, self.options = schedule, options
@@ -178,10 +181,10 @@ class Solver:
         self.early = (schedule.timestep(self.log_snr) > schedule.num_train_timesteps / 2).tolist()
         self._cache: dict = {}
 
-    def advance(self, history: History, x: torch.Tensor, noise: torch.Tensor, i: int) -> tuple[torch.Tensor, History]:
-        """From node i to node i + 1: the next sample and the new history. `noise` is what the model sees in x."""
-        alpha, sigma = self.levels[i]
-        f = (sigma * noise - self._l(i, x) * x) / alpha  # stays as it is when the corrector moves x
+    def advance(self, history: History, x: torch.Tensor, x0: torch.Tensor, i: int) -> tuple[torch.Tensor, History]:
+        """From node i to node i + 1: next sample and new history. `x0` is the clean sample predicted from x."""
+        # (sigma eps - l x) / alpha without its cancellation at high noise; stays as it is when the corrector moves x
+        f = self._slope(i, x) * x - x0
         indices, fs = (self.indices[i], *history.indices), (f, *history.fs)
         x = self._corrected(history, x, indices, fs, i)
         steps_left = len(self.indices) - 1 - i
@@ -211,8 +214,8 @@ class Solver:
         update = self._cached(key, x, lambda: make_update(self.ems, self.schedule, nodes, target, pseudo))
         return update(x, [fs[p] for p in places])
 
-    def _l(self, i: int, like: torch.Tensor) -> torch.Tensor:
-        return self._cached(("l", i), like, lambda: self.ems.l[self.indices[i]])
+    def _slope(self, i: int, like: torch.Tensor) -> torch.Tensor:
+        return self._cached(("slope", i), like, lambda: (1 - self.ems.l[self.indices[i]].double()) / self.levels[i][0])
 
     def _cached(self, key: tuple, like: torch.Tensor, make: Callable):
         key = (*key, like.device, like.dtype)
@@ -254,6 +257,49 @@ def skip_nodes(schedule: NoiseSchedule, steps: int, skip_type: str) -> torch.Ten
     power = 2 if skip_type == "time_quadratic" else 1
     root = schedule.timestep(ends).clamp(min=0) ** (1 / power)
     return schedule.log_snr((root[0] + share * (root[1] - root[0])) ** power).clamp(low, high)
+
+
+def sample_dpm_solver_v3(
+    model: Callable,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict | None = None,
+    callback: Callable | None = None,
+    disable: bool | None = None,
+    ems: EMS | None = None,
+    **options,
+) -> torch.Tensor:
+    """DPM-Solver-v3 as a ComfyUI sampler function; the noise levels are snapped to the grid of the statistics.
+
+    Args:
+        model, x, sigmas, extra_args, callback, disable: As a KSAMPLER passes them.
+        ems: Statistics of the model; None for the degenerate mode.
+        options: Of `SolverOptions`.
+    """
+    run = NativeRun(model, x, sigmas, extra_args, callback)
+    cfg = getattr(getattr(model, "inner_model", None), "cfg", None)
+    if ems is None:
+        ems = EMS.constant(*log_snr_span(run.schedule), _DEGENERATE_CELLS)
+    else:
+        _warn_of_guidance(ems, cfg)
+    nodes = [-math.log(rho) if rho > 0 else math.inf for rho in run.rhos]
+    solver = Solver(ems, run.schedule, torch.tensor(nodes, dtype=torch.float64), SolverOptions(**options))
+    vp = run.schedule.family == "vp"  # ComfyUI scales VP samples by 1 / alpha
+    x = x / math.sqrt(1 + run.sigmas[0] ** 2) if vp else x
+    history = History()
+    for i in range(run.steps):
+        alpha, sigma = solver.levels[i]
+        scale = alpha if vp else 1.0
+        x0 = run.denoised(x / scale, sigma / scale)
+        run.report(i, x / scale, x0)
+        x, history = solver.advance(history, x, x0, i)
+    return run.finish(x / solver.levels[-1][0] if vp and not solver.finish else x)
+
+
+def _warn_of_guidance(ems: EMS, wanted: float | None) -> None:
+    measured = ems.metadata.get("guidance_scale")
+    if wanted is not None and measured is not None and float(measured) != float(wanted):
+        logger.warning("the statistics were computed at guidance scale %s, not %s", measured, wanted)
 
 
 @register(
@@ -369,9 +415,7 @@ class DPMSolverV3MultistepScheduler(NoiseLevelScheduler):
                     "diffusers_ext.calibrate_ems and give them to scheduler.load_ems"
                 )
             return EMS.constant(*log_snr_span(self.noise_schedule), _DEGENERATE_CELLS)
-        measured, wanted = self.ems.metadata.get("guidance_scale"), self.config.guidance_scale
-        if wanted is not None and measured is not None and float(measured) != float(wanted):
-            logger.warning("the statistics were computed at guidance scale %s, not %s", measured, wanted)
+        _warn_of_guidance(self.ems, self.config.guidance_scale)
         return self.ems
 
     def _choose(self, steps, sigmas, timesteps, mu) -> tuple[torch.Tensor, torch.Tensor]:
@@ -400,8 +444,8 @@ class DPMSolverV3MultistepScheduler(NoiseLevelScheduler):
         self._history = History()
 
     def _advance(self, i: int, output: torch.Tensor, x: torch.Tensor, generator) -> torch.Tensor:
-        noise = to_noise(output, x, *self._levels[i], self.config.prediction_type)
-        after, self._history = self._solver.advance(self._history, x, noise, i)
+        x0 = to_x0(output, x, *self._levels[i], self.config.prediction_type)
+        after, self._history = self._solver.advance(self._history, x, x0, i)
         return after
 
 

@@ -43,7 +43,7 @@ def ends(schedule):
 
 
 def solve(model, schedule, ems, nodes, options, x):
-    """Drive the pure solver; `model(x, alpha, sigma)` returns the noise."""
+    """Drive the pure solver; `model(x, alpha, sigma)` returns the clean sample."""
     solver, history, calls = Solver(ems, schedule, nodes, options), History(), 0
     for i in range(len(nodes) - 1):
         x, history = solver.advance(history, x, model(x, *solver.levels[i]), i)
@@ -72,9 +72,9 @@ def test_one_step_is_exact_on_gaussian_data(schedule, cells, limit):
     data = analytic.GaussianMixture.gaussian(torch.tensor([0.7]), torch.tensor([0.09]))
     x, nodes = torch.randn(64, 1, generator=rng(), dtype=torch.float64), skip_nodes(schedule, 1, "time_uniform")
     exact = data.ode(x, *ends(schedule))
-    ours, calls = solve(data.noise, schedule, gaussian_ems(schedule, 0.7, 0.09, cells), nodes, SolverOptions(1), x)
+    ours, calls = solve(data.denoise, schedule, gaussian_ems(schedule, 0.7, 0.09, cells), nodes, SolverOptions(1), x)
     degenerate, _ = solve(
-        data.noise, schedule, EMS.constant(*log_snr_span(schedule), cells), nodes, SolverOptions(1), x
+        data.denoise, schedule, EMS.constant(*log_snr_span(schedule), cells), nodes, SolverOptions(1), x
     )
     assert (ours - exact).abs().max() < limit and calls == 1
     assert (degenerate - exact).abs().max() > 0.3
@@ -111,8 +111,8 @@ def test_statistics_halve_the_error_on_a_mixture(mixture, mixture_ems):
     reference = mixture.ode(x, *ends(SD), steps=200)
     for steps in (5, 10):
         nodes = skip_nodes(SD, steps, "time_uniform")
-        ours, calls = solve(mixture.noise, SD, mixture_ems, nodes, SolverOptions(2), x)
-        plain, _ = solve(mixture.noise, SD, EMS.constant(*log_snr_span(SD), 1200), nodes, SolverOptions(2), x)
+        ours, calls = solve(mixture.denoise, SD, mixture_ems, nodes, SolverOptions(2), x)
+        plain, _ = solve(mixture.denoise, SD, EMS.constant(*log_snr_span(SD), 1200), nodes, SolverOptions(2), x)
         assert rmse(ours, reference) <= 0.5 * rmse(plain, reference) and calls == steps
 
 
@@ -123,7 +123,7 @@ def test_order_of_convergence(mixture, order, slope):
     reference = mixture.ode(x, *ends(SD), steps=400)
     options = SolverOptions(order, use_corrector=False, lower_order_final=False)
     errors = [
-        rmse(solve(mixture.noise, SD, ems, skip_nodes(SD, n, "logSNR"), options, x)[0], reference) for n in (60, 120)
+        rmse(solve(mixture.denoise, SD, ems, skip_nodes(SD, n, "logSNR"), options, x)[0], reference) for n in (60, 120)
     ]
     assert math.log2(errors[0] / errors[1]) > slope
 
@@ -133,7 +133,7 @@ def test_corrector_lowers_the_error(mixture):
     reference, nodes = mixture.ode(x, *ends(SD), steps=200), skip_nodes(SD, 20, "logSNR")
     ems = EMS.constant(*log_snr_span(SD), 1200)
     errors = [
-        rmse(solve(mixture.noise, SD, ems, nodes, SolverOptions(2, use_corrector=c), x)[0], reference)
+        rmse(solve(mixture.denoise, SD, ems, nodes, SolverOptions(2, use_corrector=c), x)[0], reference)
         for c in (True, False)
     ]
     assert errors[0] < 0.7 * errors[1]
@@ -164,7 +164,7 @@ def test_constant_statistics_are_the_known_solvers(mixture, algorithm, l, s, cel
     ours = theirs = torch.randn(16, 8, generator=rng(), dtype=torch.float64)
     history = History()
     for i, t in enumerate(peer.timesteps):
-        ours, history = solver.advance(history, ours, mixture.noise(ours, *solver.levels[i]), i)
+        ours, history = solver.advance(history, ours, mixture.denoise(ours, *solver.levels[i]), i)
         theirs = peer.step(mixture.noise(theirs, *solver.levels[i]), t, theirs).prev_sample
     assert (ours - theirs).abs().max() < limit
 
@@ -174,19 +174,19 @@ def test_degenerate_finish_is_the_first_order_step_to_zero(mixture):
     nodes = torch.cat([skip_nodes(SD, 3, "logSNR")[:-1], torch.tensor([math.inf])])
     solver, history = Solver(EMS.constant(*log_snr_span(SD), 1200), SD, nodes, SolverOptions(2)), History()
     for i in range(3):
-        before, (alpha, sigma) = x, solver.levels[i]
-        noise = mixture.noise(x, alpha, sigma)
-        x, history = solver.advance(history, x, noise, i)
-    torch.testing.assert_close(x, (before - sigma * noise) / alpha)
+        alpha, sigma = solver.levels[i]
+        x0 = mixture.denoise(x, alpha, sigma)
+        x, history = solver.advance(history, x, x0, i)
+    torch.testing.assert_close(x, x0)
 
 
 def test_finish_is_the_denoised_end_point_without_a_call():
     data = analytic.GaussianMixture.gaussian(torch.tensor([0.7]), torch.tensor([0.001]))
     x, ems = torch.randn(32, 1, generator=rng(7), dtype=torch.float64), gaussian_ems(SD, 0.7, 0.001, 1200)
     nodes = skip_nodes(SD, 10, "time_uniform")
-    end, calls = solve(data.noise, SD, ems, nodes, SolverOptions(2), x)
+    end, calls = solve(data.denoise, SD, ems, nodes, SolverOptions(2), x)
     clean = torch.cat([nodes[:-1], torch.tensor([math.inf])])
-    finished, calls_finished = solve(data.noise, SD, ems, clean, SolverOptions(2), x)
+    finished, calls_finished = solve(data.denoise, SD, ems, clean, SolverOptions(2), x)
     assert (finished - data.denoise(end, *ends(SD)[1])).abs().max() < 1e-4 < (finished - end).abs().max()
     assert calls == calls_finished == 10
 
@@ -263,7 +263,7 @@ def test_scheduler_snaps_and_feeds_the_snapped_time(mixture_ems):
 def test_half_corrector_corrects_only_early(mixture):
     nodes, x = skip_nodes(SD, 10, "time_uniform"), torch.randn(4, 8, generator=rng(), dtype=torch.float64)
     ems = EMS.constant(*log_snr_span(SD), 1200)
-    paths = [solve(mixture.noise, SD, ems, nodes, SolverOptions(2, use_corrector=u, half_corrector=h), x)[0]
+    paths = [solve(mixture.denoise, SD, ems, nodes, SolverOptions(2, use_corrector=u, half_corrector=h), x)[0]
              for u, h in ((True, False), (True, True), (False, False))]  # fmt: skip
     assert not torch.equal(paths[0], paths[1]) and not torch.equal(paths[1], paths[2])
 
