@@ -5,6 +5,7 @@ Ma, Fang, Wang, "DeepCache: Accelerating Diffusion Models for Free", CVPR 2024, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from ._common import (
 
 __all__ = ["DeepCacheConfig"]
 
+logger = logging.getLogger(__name__)
 _HOOK = PREFIX + "deepcache"
 # Lists of a block in the order in which a layer runs through them.
 _LAYER_LISTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
@@ -390,14 +392,19 @@ def _hooks(
 
 
 def _summary(root: _RootHook, unet: torch.nn.Module) -> dict[str, Any]:
-    """Figures of the last run; MACs only where the model runs on the meta device."""
+    """Figures of the last run. MACs are left out for models that cannot run on the meta device (offloaded ones)."""
     figures: dict[str, Any] = {"computed": root.computed, "reused": root.reused}
     calls = root.computed + root.reused
-    if calls:
+    if not calls:
+        return figures
+    figures["feature_change"] = [float(change) for change in root.changes]
+    try:
         macs = root.macs(unet)
-        figures["macs_full_call"], figures["macs_reused_call"] = macs["full"], macs["reused"]
-        figures["macs_saved"] = root.reused / calls * (1 - macs["reused"] / macs["full"])
-        figures["feature_change"] = [float(change) for change in root.changes]
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        logger.warning("deepcache: operations were not counted, %s", error)
+        return figures
+    figures["macs_full_call"], figures["macs_reused_call"] = macs["full"], macs["reused"]
+    figures["macs_saved"] = root.reused / calls * (1 - macs["reused"] / macs["full"])
     return figures
 
 

@@ -445,7 +445,7 @@ def test_training_graphs_are_not_kept(make_unet, make_inputs):
 
 @pytest.mark.parametrize("first", ["compile", "apply"])
 def test_compiled(make_unet, run_loop, first):
-    unet = make_unet()
+    unet = make_unet("one-layer")
     torch._dynamo.reset()
     with diffusers_ext.apply(unet, DeepCacheConfig(cache_interval=3)):
         expected = run_loop(unet)
