@@ -43,6 +43,10 @@ def make(record, prediction, **options):
     return record.public(**shared, prediction_type=prediction, **options)
 
 
+def fewest_steps(record):
+    return getattr(record.public, "min_inference_steps", 1)
+
+
 def perfect(prediction):
     schedule = analytic.schedule("flow" if prediction == "flow_prediction" else "sd")
     return analytic.AnalyticDenoiser(DATA, schedule, prediction)
@@ -72,6 +76,10 @@ def sample(scheduler, prediction, steps=6, n=1, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
 def test_any_number_of_steps_is_finite(record, prediction, steps):
     scheduler = make(record, prediction)
+    if steps < fewest_steps(record):
+        with pytest.raises(ValueError, match="at least"):
+            scheduler.set_timesteps(steps)
+        return
     x = sample(scheduler, prediction, steps)
     assert x.isfinite().all() and len(scheduler.timesteps) == steps * scheduler.order
     assert scheduler.num_inference_steps == steps
@@ -316,7 +324,7 @@ def test_bad_input(record, first):
     for bad in ({}, {"num_inference_steps": 0}, {"num_inference_steps": 2.5}):
         with pytest.raises((ValueError, TypeError)):
             scheduler.set_timesteps(**bad)
-    scheduler.set_timesteps(2)
+    scheduler.set_timesteps(max(2, fewest_steps(record)))
     with pytest.raises(ValueError, match="shape"):
         scheduler.step(start(2), scheduler.timesteps[0], start())
     with pytest.raises(ValueError, match="prediction_type"):
@@ -327,7 +335,7 @@ def test_bad_input(record, first):
 
 def test_a_finished_run_refuses_another_step(record, first):
     scheduler = make(record, first)
-    sample(scheduler, first, steps=2)
+    sample(scheduler, first, steps=max(2, fewest_steps(record)))
     with pytest.raises((RuntimeError, IndexError)):
         scheduler.step(start(), 0, start())
 
