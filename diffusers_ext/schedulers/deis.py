@@ -86,9 +86,12 @@ def time_grid(clock, steps: int, phase: str, kappa: float, start: float, end: fl
 
 
 def without_repeats(times: np.ndarray, last: int) -> np.ndarray:
-    """Times of a discrete model: if two fall in one timestep, whole timesteps, the smallest free ones filling up."""
+    """Times of a discrete model: if two fall in one timestep, whole timesteps, the smallest free ones filling up.
+
+    With more times than timesteps they stay fractional.
+    """
     whole = np.unique(times.astype(int))
-    if len(whole) == len(times):
+    if len(whole) == len(times) or len(times) > last + 1:
         return times
     free = np.setdiff1d(np.arange(1, last + 1), whole)[: len(times) - len(whole)]
     return np.sort(np.concatenate([whole, free]))[::-1].astype(np.float64)
@@ -168,13 +171,21 @@ class Weights:
     def _compute(self, i: int, degree: int) -> list[float]:
         target = self.rhos[i + 1]
         degree = 0 if self.method == "logrho_ab" and target == 0 else degree
-        nodes = [self.rhos[i - j] for j in range(degree + 1)]
+        nodes = list(dict.fromkeys(self.rhos[i - j] for j in range(degree + 1)))
+        if len(nodes) <= degree:  # repeated timesteps
+            return self._without_repeats(i, degree, nodes)
         if self.method == "ipndm":
             return [(target - nodes[0]) * a for a in _ADAMS_BASHFORTH[degree]]
         if self.quadrature == "riemann" and self.method != "logrho_ab":
             return riemann_weights(nodes, target, self.clock, "rho" if self.method == "rho_ab" else "t")
         variable = {"t_ab": self.clock.time, "rho_ab": np.asarray, "logrho_ab": np.log}[self.method]
         return ab_weights(nodes, target, variable)
+
+    def _without_repeats(self, i: int, degree: int, nodes: list[float]) -> list[float]:
+        """Weights of the polynomial through the distinct nodes; the others get 0."""
+        distinct = Weights(self.method, [*nodes[::-1], self.rhos[i + 1]], self.clock, self.quadrature)
+        weights = dict(zip(nodes, distinct(len(nodes) - 1, len(nodes) - 1)))
+        return [weights.pop(self.rhos[i - j], 0.0) for j in range(degree + 1)]
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -334,7 +345,8 @@ class DEISFullScheduler(NoiseLevelScheduler):
 
     def _choose(self, steps, sigmas, timesteps, mu):
         own = sigmas is timesteps is None and not self.config.use_karras_sigmas and steps and int(steps) == steps > 0
-        log_snr, times = self._own_grid(int(steps)) if own else super()._choose(steps, sigmas, timesteps, mu)
+        own = own and (self.noise_schedule.family == "flow" or steps <= self.config.num_train_timesteps)
+        log_snr, times = self._own_grid(int(steps), mu) if own else super()._choose(steps, sigmas, timesteps, mu)
         if self.config.method != "rho_rk":
             return log_snr, times
         rhos, self._steps = stage_plan(torch.exp(-log_snr).tolist(), self._tableau[0])
@@ -347,15 +359,13 @@ class DEISFullScheduler(NoiseLevelScheduler):
         """Model timesteps per unit of the clock."""
         return self.config.num_train_timesteps if self.noise_schedule.family == "flow" else 1.0
 
-    def _own_grid(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _own_grid(self, steps: int, mu: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         c, flow = self.config, self.noise_schedule.family == "flow"
         last = c.num_train_timesteps - 1
-        if not flow and steps > last:
-            raise ValueError(f"num_inference_steps is {steps}; {c.num_train_timesteps} timesteps allow up to {last}")
         start, end = (1 - 1e-6, c.sampling_eps) if flow else (last, 0)
         kappa = 1.0 if c.method == "ipndm" else c.ts_order
         times = time_grid(self._clock, steps, "t" if c.method == "ipndm" else c.ts_phase, kappa, start, end)
-        times = times if flow else without_repeats(times.clip(0, last), last)
+        times = self._shifted(times, mu) if flow else without_repeats(times.clip(0, last), last)
         log_snr = -torch.log(torch.from_numpy(self._clock.rho(times)))
         if c.final_sigmas_type == "zero":
             log_snr[-1] = math.inf

@@ -325,7 +325,7 @@ def test_bad_options(options, message):
         DEISFullScheduler(**options)
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5, 1000])
+@pytest.mark.parametrize("steps", [0, -3, 2.5, 1001])
 def test_bad_step_counts(steps):
     with pytest.raises(ValueError, match="num_inference_steps"):
         DEISFullScheduler().set_timesteps(steps)
