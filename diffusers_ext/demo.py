@@ -51,7 +51,7 @@ class Settings:
     steps: int = 50
     few: int = 6
     interval: int = 3
-    superdiff_steps: int = 100
+    superdiff_steps: int = 50
     statistics: int = 8
     guidance_scale: float = 3.0
 
@@ -197,7 +197,7 @@ def _dpm_v3(pipe: Any, settings: Settings) -> tuple[Any, str]:
     scenes = zoo.scenes(settings.statistics, seed=1)
     scheduler = diffusers_ext.DPMSolverV3MultistepScheduler.from_config(pipe.scheduler.config)
     latents = _clean_latents(pipe, scenes.images)
-    options = {"num_grid": 8 * settings.few, "estimator": "fd", "progress": False}
+    options = {"num_grid": 6 * settings.few, "estimator": "fd", "progress": False}
     scheduler.load_ems(diffusers_ext.calibrate_ems(pipe, latents, scenes.captions, settings.guidance_scale, **options))
     return scheduler, "; statistics of the model measured once before, in {seconds:.0f} s"
 

@@ -16,6 +16,7 @@ from diffusers.guiders import BaseGuidance
 from mkdocs.structure.files import File
 
 import diffusers_ext
+from diffusers_ext import zoo
 from diffusers_ext.apply import MethodConfig
 from diffusers_ext.registry import MethodRecord, get_method, list_methods, public_names
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import api  # noqa: E402
 
 
-MARKER = re.compile(r"<!-- (record|bench|card|workflows):?([\w.-]*) -->")
+MARKER = re.compile(r"<!-- (record|bench|cards|workflows):?([\w.-]*) -->")
 README_TABLE = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
 REPOSITORY = "https://github.com/diffusers-ext/diffusers-ext/blob/main/"
 
@@ -178,13 +179,13 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace `<!-- record:slug -->`, `<!-- bench:slug -->`, `<!-- card:model -->` and `<!-- workflows -->`."""
+    """Replace `<!-- record:slug -->`, `<!-- bench:slug -->`, `<!-- cards -->` and `<!-- workflows -->`."""
     if page.file.src_uri == "contributing.md":  # shows the markers to people
         return markdown
     render = {
         "record": lambda slug: facts(get_method(slug)),
         "bench": lambda slug: measured(get_method(slug)),
-        "card": card,
+        "cards": lambda _: "\n\n".join(card(model) for model in zoo.names()),
         "workflows": lambda _: workflows(),
     }
     return MARKER.sub(lambda match: render[match[1]](match[2]), markdown)
