@@ -165,7 +165,8 @@ class ComfyClient:
             try:
                 entry = self._follow(events, prompt_id, graph, time.monotonic() + timeout, progress)
             except KeyboardInterrupt:
-                self.interrupt(prompt_id)
+                with contextlib.suppress(ComfyError):  # Ctrl-C ends a server started here as well
+                    self.interrupt(prompt_id)
                 raise
         if entry is None:
             self.interrupt(prompt_id)
@@ -257,10 +258,7 @@ def _spawn_server(command: Sequence[str], log: Path | None):
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONUNBUFFERED": "1"}
     with contextlib.ExitStack() as stack:
         out = None if log is None else stack.enter_context(log.open("wb"))
-        # A group of its own, so that Ctrl-C reaches us first and the server is then stopped in order.
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
-        )
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
 
 
 def _free_port() -> int:

@@ -174,6 +174,8 @@ def _same_output(old: Mapping[str, Any], new: Mapping[str, Any], slot: int) -> i
 def shapes_substitutions(model: str, size: int = 64) -> dict[str, Any]:
     """Substitutions that run a workflow on a shipped model instead of the public one it names.
 
+    The shipped models are made for 64 x 64 pixels and a guidance of 3.
+
     Args:
         model: `"shapes-unet"`, `"shapes-unet-eps"` or `"shapes-dit"`.
         size: Height and width of empty latents in pixels.
@@ -187,16 +189,17 @@ def shapes_substitutions(model: str, size: int = 64) -> dict[str, Any]:
     }
 
 
-def set_prompt(graph: Graph, text: str) -> Graph:
-    """A copy of an API graph whose positive prompts read `text`.
+def set_prompt(graph: Graph, text: str, negative: str | None = None) -> Graph:
+    """A copy of an API graph whose positive prompts read `text`, and its negative ones `negative` where that is given.
 
     Positive are all texts except those that reach only inputs called `negative`, directly or through other
     conditioning nodes.
     """
     graph = copy.deepcopy(graph)
     for node_id, node in graph.items():
-        if "text" in node["inputs"] and "clip" in node["inputs"] and not _is_negative(graph, node_id):
-            node["inputs"]["text"] = text
+        if "text" in node["inputs"] and "clip" in node["inputs"]:
+            wanted = negative if _is_negative(graph, node_id) else text
+            node["inputs"]["text"] = node["inputs"]["text"] if wanted is None else wanted
     return graph
 
 
@@ -221,7 +224,8 @@ def for_shapes(workflow: Mapping[str, Any], object_info: ObjectInfo, caption: st
     Args:
         workflow: UI format.
         object_info: The server's answer to `/object_info`.
-        caption: Text for the positive prompts, unless the workflow's own substitutions name one of them.
+        caption: Text for the positive prompts, with empty negative ones, unless the workflow's own substitutions name
+            a prompt.
     """
     settings = (workflow.get("extra") or {}).get("diffusers_ext", {})
     graph = to_api(workflow, object_info)
@@ -229,7 +233,7 @@ def for_shapes(workflow: Mapping[str, Any], object_info: ObjectInfo, caption: st
     own = settings.get("substitutions", {})
     texts = {node["inputs"].get("text") for node in graph.values()}
     graph = substitute(graph, {**(shapes_substitutions(model) if model else {}), **own}, object_info)
-    return graph if caption is None or texts & set(own) else set_prompt(graph, caption)
+    return graph if caption is None or texts & set(own) else set_prompt(graph, caption, negative="")
 
 
 def _stand_in(graph: Graph) -> str:

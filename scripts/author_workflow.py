@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from diffusers_ext.comfy_client import start_server
@@ -21,6 +21,31 @@ from diffusers_ext.comfy_client import start_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_DIR", REPOSITORY / ".comfy/ComfyUI"))
+
+
+FOLDERS = {
+    "CheckpointLoaderSimple": "checkpoints",
+    "UNETLoader": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "DualCLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+    "LoraLoader": "loras",
+    "LoraLoaderModelOnly": "loras",
+    "ControlNetLoader": "controlnet",
+}
+
+
+def provide_model_names(models: Path, workflows: Iterable[dict]) -> None:
+    """Create empty files under the names that core loaders mention, or the page would report missing models."""
+    for workflow in workflows:
+        nodes = workflow["nodes"] if "nodes" in workflow else workflow.values()
+        for node in nodes:
+            folder = models / FOLDERS.get(node.get("type") or node.get("class_type"), "")
+            values = node["inputs"].values() if "class_type" in node else node.get("widgets_values") or []
+            for name in values if folder != models else ():
+                if isinstance(name, str) and name.endswith(".safetensors"):
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).touch()
 
 
 def run_jobs(url: str, jobs: list[dict]) -> Iterator[dict]:
@@ -60,6 +85,7 @@ def main() -> int:
         job["screenshot"] = str(args.screenshot)
     with tempfile.TemporaryDirectory() as base:
         log = Path(base) / "server.log"
+        provide_model_names(Path(base) / "models", [job["workflow"]])
         with start_server(
             COMFYUI, base_directory=base, pack=REPOSITORY, log=log, arguments=["--disable-api-nodes"]
         ) as server:

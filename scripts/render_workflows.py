@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from author_workflow import COMFYUI, REPOSITORY, run_jobs
+from author_workflow import COMFYUI, REPOSITORY, provide_model_names, run_jobs
 from PIL import Image
 
 from diffusers_ext.comfy_client import ComfyClient, ComfyServer, start_server
@@ -64,6 +64,7 @@ def main() -> int:
     paths = [p for p in sorted((REPOSITORY / "workflows").glob("*.json")) if not slugs or p.stem in slugs]
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base)
+        provide_model_names(folder / "models", (json.loads(p.read_text(encoding="utf-8")) for p in paths))
         with start_server(
             COMFYUI, base_directory=base, pack=REPOSITORY, log=folder / "log", arguments=["--disable-api-nodes"]
         ) as server:

@@ -6,7 +6,8 @@ Everything skips, with the reason, where ComfyUI or Chromium is absent; `make te
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -118,6 +119,8 @@ def server(comfyui_dir, tmp_path_factory):
 
     base = tmp_path_factory.mktemp("comfyui")
     log = base / "server.log"
+    workflows = [json.loads(p.read_text(encoding="utf-8")) for p in (REPOSITORY / "workflows").glob("*.json")]
+    _script("author_workflow").provide_model_names(base / "models", workflows)
     with start_server(
         comfyui_dir, base_directory=base, pack=REPOSITORY, log=log, arguments=["--disable-api-nodes"]
     ) as running:
