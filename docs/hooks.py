@@ -56,7 +56,7 @@ def door(record: MethodRecord) -> str:
         return f"pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
     if issubclass(public, BaseGuidance):
         return f"modular_pipe.update_components(guider={name}())"
-    return f"pipe = {name}.from_pipe(pipe)"
+    return f"pipe = {name}.from_pipe(pipe)" if hasattr(public, "from_pipe") else f"{name}(...)"
 
 
 def facts(record: MethodRecord) -> str:
