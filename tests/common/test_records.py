@@ -21,7 +21,7 @@ each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda r: r.slug)
 
 
 def node_classes(family: str) -> dict[str, str]:
-    """node_id -> source of every node class of a family: `comfy_nodes/<family>.py` and `<family>_<slug>.py`."""
+    """node_id -> text of the module of every node class of a family: `comfy_nodes/<family>.py` and `<family>_<slug>.py`."""
     found = {}
     for path in sorted((ROOT / "comfy_nodes").glob(f"{family}*.py")):
         text = path.read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def node_classes(family: str) -> dict[str, str]:
                 ids = [
                     k.value.value for k in call.keywords if k.arg == "node_id" and isinstance(k.value, ast.Constant)
                 ]
-                found.update(dict.fromkeys(ids, ast.get_source_segment(text, cls)))
+                found.update(dict.fromkeys(ids, text))
     return found
 
 
