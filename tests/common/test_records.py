@@ -21,7 +21,7 @@ each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda r: r.slug)
 
 
 def node_classes(family: str) -> dict[str, str]:
-    """node_id -> text of the module of every node class of a family: `comfy_nodes/<family>.py` and `<family>_<slug>.py`."""
+    """node_id -> text of its module, for a family: `comfy_nodes/<family>.py` and `<family>_<slug>.py`."""
     found = {}
     for path in sorted((ROOT / "comfy_nodes").glob(f"{family}*.py")):
         text = path.read_text(encoding="utf-8")
