@@ -183,9 +183,11 @@ def shapes_substitutions(model: str, size: int = 64) -> dict[str, Any]:
     loader = {"class_type": "DXLoadShapes", "inputs": {"model": model}}
     loaders = ("CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader")
     latents = ("EmptyLatentImage", "EmptySD3LatentImage")
+    guided = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "CFGGuider")
     return {
         **dict.fromkeys(loaders, loader),
         **{name: {"inputs": {"width": size, "height": size}} for name in latents},
+        **{name: {"inputs": {"cfg": 3.0}} for name in guided},
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext import zoo
-from diffusers_ext.comfy_graph import for_shapes, set_prompt, substitute, to_api
+from diffusers_ext.comfy_graph import for_shapes, set_prompt, shapes_substitutions, substitute, to_api
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -178,6 +178,16 @@ class TestGraphChanges:
         assert changed == {
             "1": _node("CheckpointLoaderSimple", ckpt_name="small"),
             "2": _node("KSampler", steps=2, cfg=7.0),
+        }
+
+    def test_public_settings_become_those_of_the_shipped_models(self):
+        graph = {
+            "1": _node("EmptyLatentImage", width=512, height=512, batch_size=2),
+            "2": _node("KSampler", cfg=7.0, steps=20),
+        }
+        assert substitute(graph, shapes_substitutions("shapes-unet"), INFO) == {
+            "1": _node("EmptyLatentImage", width=64, height=64, batch_size=2),
+            "2": _node("KSampler", cfg=3.0, steps=20),
         }
 
     def test_a_replacement_must_have_the_output(self):
