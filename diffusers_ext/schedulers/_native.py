@@ -86,6 +86,10 @@ class NativeRun:
         sigma = min(sigma, LAST_FLOW_SIGMA) if self.flow else sigma
         return (1 - sigma if self.flow else 1.0), sigma
 
+    def sigma_at(self, log_snr: float) -> float:
+        """ComfyUI's noise level at log(alpha / sigma)."""
+        return 1 / (1 + math.exp(log_snr)) if self.flow and log_snr < 700 else math.exp(-log_snr)
+
     @property
     def rhos(self) -> list[float]:
         """sigma / alpha of every node."""
