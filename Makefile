@@ -16,7 +16,8 @@ export COMFYUI_DIR BROWSER_DIR TINY_MODELS
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# By file: a worker starts ComfyUI and loads the small models once for all tests of a file.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 TEST_NEEDS := $(VENV)/.dev $(VENV)/.comfyui $(TINY_MODELS)/.written browser
 
 .PHONY: demo test test-slow bench docs comfy lint thumbnails browser clean

@@ -24,13 +24,6 @@ TINY_MODELS = Path(os.environ.get("TINY_MODELS", REPOSITORY / ".comfy/tiny")).re
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 
 
-def pytest_collection_modifyitems(items):
-    """One server for all tests that use it: they stay on one xdist worker."""
-    for item in items:
-        if {"server", "open_in_browser"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("comfyui-server"))
-
-
 def _script(name: str):
     """A module of the folder `scripts`, which is no package."""
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"scripts/{name}.py")
