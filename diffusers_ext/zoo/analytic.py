@@ -252,15 +252,16 @@ def solve_ode(velocity: Callable, z: torch.Tensor, source, target, steps: int = 
     """
 
     def run(n: int) -> torch.Tensor:
-        return _rk4(velocity, z, source + torch.linspace(0, 1, n + 1, dtype=torch.float64) * (target - source))
+        return rk4(velocity, z, source + torch.linspace(0, 1, n + 1, dtype=torch.float64) * (target - source))
 
     fine = run(2 * steps)
     return fine + (fine - run(steps)) / 15
 
 
-def _rk4(slope: Callable, y: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+def rk4(slope: Callable, y: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Classical Runge-Kutta for dy/du = slope(y, u) along the float64 nodes `grid`; four calls per step."""
     for u, v in zip(grid[:-1], grid[1:]):
-        h, mid = v - u, (u + v) / 2
+        h, mid = (v - u).to(y.device), (u + v) / 2
         k1 = slope(y, u)
         k2 = slope(y + h / 2 * k1, mid)
         k3 = slope(y + h / 2 * k2, mid)
