@@ -15,6 +15,7 @@ import torch
 from ..prediction import NoiseSchedule, Prediction, to_noise, to_x0
 from ._common import guided_model
 from ._native import NativeRun
+from ._pictures import decode, starting_noise
 from .dpm_solver import _FLOW_ENDS, Level, LogAlphaClock, _check, first_order, second_order, single_stage
 
 
@@ -224,30 +225,11 @@ def adaptive_sample(
         raise ValueError(f"prompts is {prompts!r}; pass a list of at least one string")
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     prediction = "flow_prediction" if schedule.family == "flow" else pipe.scheduler.config.prediction_type
-    latents, decode = _latents(pipe, len(prompts), height, width, generator)
+    latents, size = starting_noise(pipe, len(prompts), height, width, generator)
     model = guided_model(pipe, prompts, guidance_scale, negative_prompt)
     result = DPMSolverAdaptiveSampler(schedule, prediction, **options).sample(model, latents)
-    images = pipe.image_processor.postprocess(decode(result.sample.to(latents.dtype)))
+    images = decode(pipe, result.sample.to(latents.dtype), size)
     return AdaptiveOutput(result.sample, result.nfe, result.accepted, result.rejected, images)
-
-
-def _latents(pipe, count: int, height: int | None, width: int | None, generator):
-    """Starting noise of a pipeline and the way from its latents to pictures."""
-    flux = not hasattr(pipe, "unet")
-    side = pipe.default_sample_size if flux else pipe.unet.config.sample_size
-    height, width = height or side * pipe.vae_scale_factor, width or side * pipe.vae_scale_factor
-    channels = pipe.transformer.config.in_channels // 4 if flux else pipe.unet.config.in_channels
-    dtype = (pipe.transformer if flux else pipe.unet).dtype
-    config = pipe.vae.config
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        if flux:
-            latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        return pipe.vae.decode(latents, return_dict=False)[0]
-
-    arguments = (count, channels, height, width, dtype, pipe.device, generator)
-    return (pipe.prepare_latents(*arguments)[0] if flux else pipe.prepare_latents(*arguments)), decode
 
 
 def sample_dpm_solver_adaptive(
