@@ -104,12 +104,15 @@ def _check_shapes(grid, l, s, b) -> None:
         raise ValueError(f"statistics of shape {tuple(l)} are too large (at most {_MAX_ELEMENTS} elements)")
 
 
-def _smooth_slope(l: torch.Tensor, step: torch.Tensor, half_window: int = 5) -> torch.Tensor:
-    """dl/dlambda by differences, averaged over +-5 grid points (fewer at the ends), appendix C.1."""
+def _smooth_slope(l: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """dl/dlambda by differences, averaged over +-5 points of the paper's grids, fewer at the ends.
+
+    On a coarse grid five points would be a good part of the curve: the window is at most +-2 % of the grid.
+    """
     slope = torch.gradient(l, spacing=step.item(), dim=0)[0]
     total = torch.cat([torch.zeros_like(slope[:1]), slope.cumsum(0)])
-    n = torch.arange(len(l))
-    low, high = (n - half_window).clamp(min=0), (n + half_window + 1).clamp(max=len(l))
+    n, half = torch.arange(len(l)), min(5, len(l) // 50)
+    low, high = (n - half).clamp(min=0), (n + half + 1).clamp(max=len(l))
     return (total[high] - total[low]) / (high - low).reshape(-1, *[1] * (l.ndim - 1))
 
 

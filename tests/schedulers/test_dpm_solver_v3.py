@@ -88,8 +88,8 @@ def test_statistics_equal_the_closed_form():
         exact = gaussian_ems(SD, mean, variance, 150)
         torch.testing.assert_close(ems.l[:, i], exact.l, atol=1e-6, rtol=0)
         assert ems.s[:, i].abs().max() == 0  # f is constant: no slope to fit
-        # l' is a moving average over 11 grid points, so b is not exact
-        torch.testing.assert_close(ems.b[:, i], exact.b, atol=0.02, rtol=0)
+        # l' is a moving average, so b is not exact
+        torch.testing.assert_close(ems.b[:, i], exact.b, atol=5e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")
