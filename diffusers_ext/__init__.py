@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 
 from . import registration
+from .apply import apply  # noqa: F401  (or the name would turn into the module once a method is imported)
 from .registry import public_names
 
 
@@ -25,17 +24,6 @@ _RELOAD_BASES = {
     "BaseGuidance": "diffusers.guiders",
 }
 
-
-class _Package(ModuleType):
-    """Importing the submodule `apply` would bind that name to the module; users mean the function of the same name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, ModuleType) and public_names().get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 registration.register()
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .registry import MethodRecord, get_method, unknown
 
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Applied", "Attachment", "MethodConfig", "Preflight", "apply", "check", "denoiser_of", "remove"]
 
@@ -28,8 +29,10 @@ def denoiser_of(target: Any) -> torch.nn.Module:
     Args:
         target: `DiffusionPipeline` with a `unet` or `transformer`, or the model itself.
     """
+    from torch import nn  # here, so that importing the package loads no torch
+
     for model in (target, getattr(target, "unet", None), getattr(target, "transformer", None)):
-        if isinstance(model, torch.nn.Module):
+        if isinstance(model, nn.Module):
             return getattr(model, "_orig_mod", model)
     raise TypeError(
         f"cannot apply a method to {type(target).__name__}: give a diffusers pipeline with a `unet` or `transformer`, "
