@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+
+# Idle threads that spin slow each other down when cores are shared; must be set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
