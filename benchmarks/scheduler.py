@@ -6,6 +6,7 @@ reference is a Runge-Kutta solution of the probability-flow ODE, checked against
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from diffusers_ext.zoo.analytic import rk4
 
 
 CALLS = (5, 8, 10, 15, 20)
-PICTURES = 32
+PICTURES = 16
 GUIDANCE = 3.0
 REFERENCE_STEPS = 50  # of four calls
 PEERS = ("DDIM", "Euler", "Heun", "DPM++ 2M", "UniPC")
@@ -105,10 +106,41 @@ def peer(name: str, bed: Bed) -> Any | None:
     }[name]()
 
 
+class FittedPerSteps:
+    """OLSS fitted to 50 first-order steps of eight other captions, once for each number of steps."""
+
+    def __init__(self, bed: Bed, images: int = 8, teacher_steps: int = 50):
+        from diffusers_ext.schedulers.olss import OLSSRecorder
+
+        teacher = peer("Euler" if bed.flow else "DDIM", bed)
+        self._recorder, self._students, self._now = OLSSRecorder(teacher), {}, None
+        model = guided_model(bed.pipe, zoo.scenes(images, 1).captions, GUIDANCE)
+        x = torch.randn(images, *bed.noise.shape[1:], generator=torch.Generator().manual_seed(10**6))
+        spaced = {"sigmas": torch.linspace(1, 1 / teacher_steps, teacher_steps).tolist()}
+        self._recorder.set_timesteps(**(spaced if bed.flow else {"num_inference_steps": teacher_steps}))
+        for t in self._recorder.timesteps:
+            x = self._recorder.step(model(x, t), t, x, return_dict=False)[0]
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        """Fit for this number of steps, unless it has been done."""
+        from diffusers_ext.schedulers.olss import OLSSScheduler
+
+        if num_inference_steps not in self._students:
+            self._students[num_inference_steps] = OLSSScheduler.fit(self._recorder, num_inference_steps)
+        self._now = self._students[num_inference_steps]
+        self._now.set_timesteps(num_inference_steps)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_now"], name)
+
+
+@torch.no_grad()
 def variants(record: MethodRecord, bed: Bed) -> dict[str, Any]:
     """The method's scheduler for the model of `bed`, by label."""
     config = bed.pipe.scheduler.config
     name = record.public.__name__.removesuffix("Scheduler")
+    if record.slug == "olss":
+        return {f"{name}, fitted per steps": FittedPerSteps(bed)}
     if record.slug != "dpm-solver-v3":
         return {name: record.public.from_config(config)}
     from diffusers_ext.schedulers._ems import DATA, GRID, calibrate_ems, shipped_latents
@@ -133,7 +165,7 @@ def run(scheduler: Any, bed: Bed, calls: int) -> tuple[torch.Tensor, int]:
             scheduler.set_timesteps(steps)
         if len(scheduler.timesteps) <= calls:
             break
-    x = bed.noise * scheduler.init_noise_sigma
+    x = bed.noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(bed.model(inputs, t), t, x, return_dict=False)[0]
@@ -149,6 +181,14 @@ def decode(bed: Bed, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample.clamp(-1, 1)
 
 
+def plain(record: MethodRecord) -> Any:
+    """The method's scheduler without a model, for 20 steps."""
+    if record.slug == "olss":
+        k = 20
+        return record.public(timesteps=list(range(950, -1, -50)), wx=[1.0] * k, we=[[0.1] * (i + 1) for i in range(k)])
+    return record.public(**({"degenerated": True} if record.slug == "dpm-solver-v3" else {}))
+
+
 def overhead(record: MethodRecord) -> str:
     """Processor time of a run's steps beside diffusers' DPM-Solver++, latents 4 x 128 x 128, no model."""
     x = torch.randn(1, 4, 128, 128)
@@ -161,9 +201,18 @@ def overhead(record: MethodRecord) -> str:
 
         return go
 
-    options = {"degenerated": True} if record.slug == "dpm-solver-v3" else {}
-    ours, theirs = steps_of(record.public(**options)), steps_of(diffusers.DPMSolverMultistepScheduler())
+    ours, theirs = steps_of(plain(record)), steps_of(diffusers.DPMSolverMultistepScheduler())
     return str(paired_ratio(ours, theirs, pairs=5, warmup=1, clock=time.process_time))
+
+
+@functools.cache
+def compared(name: str, pictures: int, calls: tuple[int, ...]) -> tuple[Bed, list[list[Any]], dict, str]:
+    """What every method is compared with on one model, once per process: reference, rows and pictures of the peers."""
+    bed = make_bed(name, pictures)
+    bed.reference = reference(bed, REFERENCE_STEPS)
+    peers = {label: scheduler for label in PEERS if (scheduler := peer(label, bed)) is not None}
+    drawn: dict = {}
+    return bed, list(rows_of(bed, peers, calls, drawn)), drawn, f"{name} {float64_gap(name):.1e}"
 
 
 def rows_of(bed: Bed, solvers: dict[str, Any], calls: Sequence[int], pictures: dict) -> Iterator[list[Any]]:
@@ -183,8 +232,12 @@ def rows_of(bed: Bed, solvers: dict[str, Any], calls: Sequence[int], pictures: d
             if n == calls[0]:
                 pictures[label] = (images, psnr)
         yield [bed.name, label, *cells, f"{scores[0]:.1%}", f"{scores[-1]:.1%}"]
-    score = judge.accuracy(true_pictures, bed.specs)["all"]
-    yield [bed.name, "reference", *[""] * len(calls), f"{score:.1%}", f"{score:.1%}"]
+
+
+def reference_row(bed: Bed, calls: Sequence[int]) -> list[Any]:
+    """What the judge reads in the converged pictures."""
+    score = f"{zoo.load_judge().accuracy(decode(bed, bed.reference), bed.specs)['all']:.1%}"
+    return [bed.name, "reference", *[""] * len(calls), score, score]
 
 
 def _grid(pictures: dict[str, tuple[torch.Tensor, float | None]], ours: Sequence[str], calls: int, path: Path) -> Path:
@@ -234,15 +287,13 @@ def bench(
     """
     rows, gaps, picture = [], [], None
     for name in models:
-        bed = make_bed(name, pictures)
+        bed, peer_rows, drawn, gap = compared(name, pictures, tuple(calls))
         if bed.prediction not in record.predictions:
             continue
-        bed.reference = reference(bed, REFERENCE_STEPS)
+        drawn = dict(drawn)
         own = variants(record, bed)
-        peers = {label: scheduler for label in PEERS if (scheduler := peer(label, bed)) is not None}
-        drawn: dict = {}
-        rows += rows_of(bed, own | peers, calls, drawn)
-        gaps.append(f"{name} {float64_gap(name):.1e}")
+        rows += [*rows_of(bed, own, calls, drawn), *peer_rows, reference_row(bed, calls)]
+        gaps.append(gap)
         picture = picture or _grid(drawn, list(own), calls[0], Path(out_dir) / f"{record.slug}.png")
     columns = ["Model", "Sampler", *(f"{n} calls" for n in calls), f"Judge, {calls[0]}", f"Judge, {calls[-1]}"]
     notes = (

@@ -14,7 +14,11 @@ from diffusers_ext.registry import list_methods
 from diffusers_ext.zoo import analytic
 
 
-RECORDS = {record.slug: record for record in list_methods(kind="scheduler")}
+RECORDS = {
+    record.slug: record
+    for record in list_methods(kind="scheduler")
+    if not getattr(record.public, "needs_fit", False)  # fitted to one model and number of steps: tests of their own
+}
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 DATA = analytic.GaussianMixture(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9)), 0.2)
 SHARED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
