@@ -60,16 +60,16 @@ class DXDPMv3ComputeEMS(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to measure."),
                 io.Conditioning.Input("positive", tooltip="Prompt that describes the latents."),
                 io.Conditioning.Input("negative", tooltip="Prompt of the unconditional branch."),
-                io.Latent.Input("latents", tooltip="A batch of clean latents, e.g. encoded pictures; 16 or more."),
+                io.Latent.Input("latents", tooltip="A batch of clean latents, e.g. encoded pictures; 50 or more."),
                 io.Float.Input(
                     "cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="The cfg you will sample with."
                 ),
-                io.Int.Input("grid", default=120, min=10, max=2000, tooltip="Noise levels measured, minus one."),
+                io.Int.Input("grid", default=40, min=10, max=2000, tooltip="Noise levels measured, minus one."),
                 io.Combo.Input(
                     "reduce",
-                    options=["channel", "scalar", "element"],
-                    tooltip="One curve per channel (any size, few latents), one for all, or one per element (this "
-                    "size only, needs hundreds of latents).",
+                    options=["scalar", "channel", "element"],
+                    tooltip="One curve for all (any size, about 50 latents), one per channel (some hundred latents), or "
+                    "one per element (this size only, a thousand latents).",
                 ),
                 io.Int.Input("batch_size", default=8, min=1, max=1024, tooltip="Latents per model call."),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Seed of the noise."),

@@ -21,7 +21,7 @@ from ._native import model_sampling_of, native_schedule
 
 
 REDUCTIONS = ("element", "channel", "scalar")
-DATA, GRID = 32, 80  # for the shipped models: two minutes on two cores
+DATA, GRID = 64, 30  # for the shipped models: two minutes on two cores; data matter more than grid points
 _FORMAT = "diffusers_ext.ems"
 _MAX_ELEMENTS = 2**28  # of one curve: 2 GiB in float64
 
@@ -220,10 +220,11 @@ def compute_ems(
         model: `model(x, timestep, rows)` with guidance inside; `rows` is the slice of `data` that x was made from.
             `diffusers_ext.schedulers._common.guided_model` makes one from a pipeline.
         schedule: Noise levels of the model, e.g. `scheduler.noise_schedule`.
-        data: Clean latents `[n, ...]` as the scheduler sees them, n >= 2; some hundred for `"element"`, 32 will do for
-            `"channel"`. The arithmetic is in their dtype.
+        data: Clean latents `[n, ...]` as the scheduler sees them, n >= 2: about 50 for `"scalar"`, some hundred for
+            `"channel"`, a thousand for `"element"`. Too few are worse than no statistics. The arithmetic is in their
+            dtype.
         prediction: What the model predicts.
-        num_grid: Cells of the grid; 120 to 1200.
+        num_grid: Cells of the grid, 30 to 1200; data before cells.
         log_snr_range: Ends of the grid; default all noise levels of the model.
         guidance_scale: Guidance inside `model`; stored, so that another one can be warned about.
         reduce: One curve per `"element"`, per `"channel"` or a `"scalar"` one.
@@ -293,7 +294,7 @@ def calibrate_ems(pipe, latents: torch.Tensor, prompts: Sequence[str], guidance_
         latents: Clean latents `[n, ...]` as the scheduler sees them (packed for Flux), scaled.
         prompts: One per latent.
         guidance_scale: The one that will be used for sampling.
-        options: Of `compute_ems`; `reduce` is `"channel"` unless given.
+        options: Of `compute_ems`; `reduce` is `"scalar"` unless given, which fifty latents are enough for.
 
     Example:
         >>> ems = calibrate_ems(pipe, latents, captions, guidance_scale=3.0)
@@ -302,7 +303,7 @@ def calibrate_ems(pipe, latents: torch.Tensor, prompts: Sequence[str], guidance_
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     prediction = "flow_prediction" if schedule.family == "flow" else pipe.scheduler.config.prediction_type
     model = guided_model(pipe, prompts, guidance_scale)
-    settings = {"reduce": "channel", "guidance_scale": guidance_scale, **options}
+    settings = {"reduce": "scalar", "guidance_scale": guidance_scale, **options}
     return compute_ems(model, schedule, latents, prediction, **settings)
 
 
@@ -348,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--latents", type=int, default=DATA)
     parser.add_argument("--grid", type=int, default=GRID)
-    parser.add_argument("--reduce", choices=REDUCTIONS, default="channel")
+    parser.add_argument("--reduce", choices=REDUCTIONS, default="scalar")
     parser.add_argument("--estimator", choices=("jvp", "fd"), default="fd")
     args = parser.parse_args(argv)
     from ..zoo import load
