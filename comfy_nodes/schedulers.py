@@ -68,8 +68,8 @@ class DXDPMv3ComputeEMS(io.ComfyNode):
                 io.Combo.Input(
                     "reduce",
                     options=["scalar", "channel", "element"],
-                    tooltip="One curve for all (any size, about 50 latents), one per channel (some hundred latents), or "
-                    "one per element (this size only, a thousand latents).",
+                    tooltip="One curve for all (any size, about 50 latents), one per channel (some hundred latents), "
+                    "or one per element (this size only, a thousand latents).",
                 ),
                 io.Int.Input("batch_size", default=8, min=1, max=1024, tooltip="Latents per model call."),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Seed of the noise."),
