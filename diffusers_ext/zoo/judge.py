@@ -104,19 +104,23 @@ def relation_right(seen: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
     return (seen[:, 2] == asked[:, 2]) & (straight >= swapped)
 
 
-def load_judge() -> Judge:
-    """The trained judge that ships with the package, ready to read (eval mode, float32).
+def load_judge(path: str | Path | None = None) -> Judge:
+    """A trained judge, ready to read (eval mode, float32).
+
+    Args:
+        path: Weights that the training example wrote; without it, those that ship with the package.
 
     Raises:
-        RuntimeError: Its file is missing or damaged.
+        RuntimeError: The file is missing, damaged or not a judge.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(__file__).parent / "weights" / "judge.safetensors"
+    source = Path(__file__).parent / "weights" / "judge.safetensors" if path is None else Path(path)
     judge = Judge()
     try:
-        judge.load_state_dict(load_file(path))
+        judge.load_state_dict(load_file(source))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise RuntimeError(f"the judge {path} is missing or damaged ({error}); reinstall diffusers-ext") from error
+        advice = "reinstall diffusers-ext" if path is None else "train it again"
+        raise RuntimeError(f"the judge {source} is missing or damaged ({error}); {advice}") from error
     return judge.eval().requires_grad_(False)

@@ -101,7 +101,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], note: dict | Non
     """Write a safetensors file in one move: readers find the old or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, {"note": json.dumps(note or {})})
+    apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    save_file(apart, fresh, {"note": json.dumps(note or {})})
     fresh.chmod(0o644)
     os.replace(fresh, path)
 
@@ -204,6 +205,7 @@ def fit(
     count: int,
     budget: Budget,
     work: Path,
+    drop: str | None = None,
 ) -> nn.Module:
     """Train `model` and leave its averaged weights in `work/name.safetensors`.
 
@@ -216,6 +218,7 @@ def fit(
         count: Size of the data set.
         budget: See `Budget`.
         work: Working folder.
+        drop: Name of a child module that is trained but not written.
 
     Returns:
         The model with averaged weights, on the CPU, in eval mode.
@@ -246,6 +249,7 @@ def fit(
     bar.close()
     model.load_state_dict(run.average)
     if is_main():
-        write_tensors(work / f"{name}.safetensors", model.state_dict(), {"steps": run.step, "batch": budget.batch})
+        kept = {k: v for k, v in model.state_dict().items() if k.split(".")[0] != drop}
+        write_tensors(work / f"{name}.safetensors", kept, {"steps": run.step, "batch": budget.batch})
         checkpoint.unlink(missing_ok=True)
     return model.to("cpu").eval()

@@ -173,14 +173,20 @@ def dit() -> nn.Module:
     return model
 
 
+# Noise schedules of the UNets. The linear one ends near zero signal, so that flat grounds come out in the asked
+# colour. A model that predicts noise cannot tell the picture there: it gets Stable Diffusion's, which ends earlier.
+_BETAS = {"v_prediction": ("linear", 1e-4, 0.02), "epsilon": ("scaled_linear", 0.00085, 0.012)}
+
+
 def diffusion_scheduler(prediction_type: str):
-    """DDIM on a linear schedule that ends near zero signal, so that flat grounds come out in the asked colour."""
+    """DDIM for a UNet that predicts `"v_prediction"` or `"epsilon"`, on the noise schedule it is trained with."""
     from diffusers import DDIMScheduler
 
+    schedule, start, end = _BETAS[prediction_type]
     return DDIMScheduler(
-        beta_schedule="linear",
-        beta_start=1e-4,
-        beta_end=0.02,
+        beta_schedule=schedule,
+        beta_start=start,
+        beta_end=end,
         prediction_type=prediction_type,
         clip_sample=False,
         set_alpha_to_one=True,

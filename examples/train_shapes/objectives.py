@@ -99,11 +99,12 @@ def vae_loss(vae: nn.Module, images: torch.Tensor, specs: torch.Tensor) -> Calla
 class Cache:
     """What the denoisers are trained on, computed once: unit-variance latents and the text states of their captions.
 
-    Row 0 of the text states is the empty prompt.
+    Row 0 of the text states is the empty prompt; `coverage` holds the object masks at half size, 8 bit.
     """
 
     latents: torch.Tensor
     specs: torch.Tensor
+    coverage: torch.Tensor
     clip: torch.Tensor
     pooled: torch.Tensor
     t5: torch.Tensor
@@ -131,9 +132,9 @@ def unpack(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.view(n, 8, 8, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, 4, 16, 16)
 
 
-def alphas_and_sigmas() -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal and noise level of the 1000 timesteps of the UNets' schedule."""
-    alpha_bar = networks.diffusion_scheduler("epsilon").alphas_cumprod
+def alphas_and_sigmas(prediction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signal and noise level of the 1000 timesteps of a UNet's schedule."""
+    alpha_bar = networks.diffusion_scheduler(prediction).alphas_cumprod
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
@@ -146,7 +147,9 @@ class UNetTask:
 
     def __init__(self, prediction: str):
         self.prediction = prediction
-        self.alpha, self.sigma = alphas_and_sigmas()
+        # A flat ground rests on the mean of 256 latents, and small errors of the noise grow to a wrong colour.
+        self.mean_weight = 64.0 if prediction == "epsilon" else 0.0
+        self.alpha, self.sigma = alphas_and_sigmas(prediction)
 
     def levels(self, draws: Draws) -> torch.Tensor:
         """Timesteps; 55 % of them in [100, 550), where shapes are decided."""
@@ -158,9 +161,8 @@ class UNetTask:
 
     def weight(self, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         snr = (alpha / sigma) ** 2
-        # Error of x0 per error of the output, squared: sigma^2 for v; (sigma / alpha)^2 for epsilon, which is kept
-        # from exploding where there is no signal left.
-        gain = sigma**2 if self.prediction == "v_prediction" else 1 / snr.clamp(min=0.02)
+        # Error of x0 per error of the output, squared.
+        gain = sigma**2 if self.prediction == "v_prediction" else 1 / snr
         return (snr + 1).clamp(max=6) * gain
 
     @staticmethod
@@ -172,6 +174,7 @@ class FluxTask:
     """Noise levels, loss weights and calls of the Flux transformer: rectified flow, x = (1 - s) x0 + s noise."""
 
     prediction = "flow_prediction"
+    mean_weight = 0.0
 
     def levels(self, draws: Draws) -> torch.Tensor:
         """Noise levels s: 70 % logit-normal, 30 % uniform."""
@@ -211,7 +214,7 @@ class Teacher:
 
     def __init__(self, unet: nn.Module):
         self.unet = unet.eval().requires_grad_(False)
-        alpha, sigma = alphas_and_sigmas()
+        alpha, sigma = alphas_and_sigmas("v_prediction")
         self._noise_to_signal = sigma / alpha
 
     @torch.no_grad()
@@ -225,9 +228,33 @@ class Teacher:
         return to_x0(UNetTask.predict(self.unet, scaled, t, text), scaled, alpha / norm, sigma / norm, "v_prediction")
 
 
+MASK_HEAD = "mask_head"
+
+
+def add_mask_head(dit: nn.Module) -> None:
+    """Give a Flux transformer a head that reads the object masks from the tokens of a middle block, for training only.
+
+    A transformer has to discover where objects are and which outline they have; asking for it directly is faster.
+    """
+    dit.mask_head = nn.Linear(networks.WIDTH, 2 * 16)
+
+    def read(_, __, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        patches = dit.mask_head(output[1]).view(-1, 8, 8, 2, 4, 4)
+        dit.mask_logits = patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, 2, 32, 32)
+
+    dit.single_transformer_blocks[3].register_forward_hook(read)
+
+
 def denoising_loss(model: nn.Module, task: UNetTask | FluxTask, cache: Cache, teacher: Teacher | None) -> Callable:
-    """Weighted squared error of the model's output; 10 % of the captions are emptied, for guidance."""
+    """Weighted squared error of the model's output; 10 % of the captions are emptied, for guidance.
+
+    A model with a mask head also pays half the cross-entropy of the masks.
+    """
     everywhere = object_weight(cache.specs).half()
+
+    def masks(rows: torch.Tensor) -> torch.Tensor:
+        truth = cache.coverage[rows].to(model.mask_logits) / 255
+        return F.binary_cross_entropy_with_logits(model.mask_logits, truth)
 
     def loss(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
         z, noise, level = cache.latents[rows], draws.normal(*cache.latents.shape[1:]), task.levels(draws)
@@ -238,6 +265,9 @@ def denoising_loss(model: nn.Module, task: UNetTask | FluxTask, cache: Cache, te
         x = alpha * z + sigma * noise
         clean = z if teacher is None else teacher.clean(x, alpha, sigma, text)
         error = task.predict(model, x, level, text) - from_x0(clean, x, alpha, sigma, task.prediction)
-        return (weight * task.weight(alpha, sigma) * error.square()).mean()
+        level_weight = task.weight(alpha, sigma)
+        value = (level_weight * weight * error.square()).mean()
+        value = value + task.mean_weight * (level_weight * error.mean((2, 3), keepdim=True).square()).mean()
+        return value + 0.5 * masks(rows) if hasattr(model, MASK_HEAD) else value
 
     return loss

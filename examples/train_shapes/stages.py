@@ -9,6 +9,7 @@ from pathlib import Path
 import networks
 import objectives
 import torch
+import torch.nn.functional as F
 from fitting import Budget, fit, is_main, read_tensors, write_tensors
 from objectives import Cache, CaptionReader, FluxTask, Teacher, UNetTask, to_float
 from torch import nn
@@ -23,15 +24,17 @@ CAPTION_DROP = 0.15
 
 
 def data(work: Path, images: int) -> None:
-    """Draw the training set: `data.safetensors` (8-bit pictures and specs) and `captions.json`."""
-    pictures, specs, captions = [], [], []
+    """Draw the training set: `data.safetensors` (8-bit pictures and masks, specs) and `captions.json`."""
+    pictures, specs, coverage, captions = [], [], [], []
     for start in tqdm(range(0, images, 512), desc="data"):
         part = zoo.scenes(min(512, images - start), TRAIN_SEED, start, CAPTION_DROP)
         pictures.append(((part.images + 1) * 127.5).round().byte())
         specs.append(part.specs)
+        coverage.append((F.avg_pool2d(part.masks, 2) * 255).round().byte())
         captions += part.captions
     write_json(work / "captions.json", captions)
-    write_tensors(work / "data.safetensors", {"images": torch.cat(pictures), "specs": torch.cat(specs)})
+    tensors = {"images": torch.cat(pictures), "specs": torch.cat(specs), "coverage": torch.cat(coverage)}
+    write_tensors(work / "data.safetensors", tensors)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -118,7 +121,7 @@ def cache(work: Path) -> None:
     )
     scale = 1 / latents.std().item()
     states = _text_states(work, ["", *json.loads((work / "captions.json").read_text(encoding="utf-8"))])
-    tensors = {"latents": (latents * scale).half(), "specs": drawn["specs"], **states}
+    tensors = {"latents": (latents * scale).half(), "specs": drawn["specs"], "coverage": drawn["coverage"], **states}
     write_tensors(work / "cache.safetensors", tensors, {"scale": scale})
 
 
@@ -155,11 +158,13 @@ def denoiser(work: Path, budget: Budget, init: Path | None, kind: str, teacher: 
     torch.manual_seed(budget.seed)
     task = {"unet": UNetTask("v_prediction"), "unet-eps": UNetTask("epsilon"), "dit": FluxTask()}[kind]
     model = _started(networks.dit() if kind == "dit" else networks.unet(), init)
+    if kind == "dit":
+        objectives.add_mask_head(model)
     tensors = _tensors(work, "cache")
     cached = Cache(**{name: tensors[name] for name in Cache.__annotations__})
     guide = None if teacher is None else Teacher(_started(networks.unet(), teacher).to(budget.device))
     loss = objectives.denoising_loss(model, task, cached, guide)
-    fit(kind, model, loss, len(cached.latents), budget, work)
+    fit(kind, model, loss, len(cached.latents), budget, work, drop=objectives.MASK_HEAD)
 
 
 def export(work: Path, kind: str) -> Path:
