@@ -163,7 +163,10 @@ def run(scheduler: Any, bed: Bed, calls: int) -> tuple[torch.Tensor, int]:
         if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
         else:
-            scheduler.set_timesteps(steps)
+            try:
+                scheduler.set_timesteps(steps)
+            except ValueError:  # a method made for other numbers of steps takes the next lower one
+                continue
         if len(scheduler.timesteps) <= calls:
             break
     x = bed.noise * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -187,7 +190,11 @@ def plain(record: MethodRecord) -> Any:
     if record.slug == "olss":
         k = 20
         return record.public(timesteps=list(range(950, -1, -50)), wx=[1.0] * k, we=[[0.1] * (i + 1) for i in range(k)])
-    return record.public(**({"degenerated": True} if record.slug == "dpm-solver-v3" else {}))
+    options = {
+        "dpm-solver-v3": {"degenerated": True},
+        "free-parameter-solver": {"preset": "custom", "n0": 30, "rho0": 7.0, "stop_index": 25},
+    }
+    return record.public(**options.get(record.slug, {}))
 
 
 def overhead(record: MethodRecord) -> str:

@@ -17,7 +17,8 @@ from diffusers_ext.zoo import analytic
 RECORDS = {
     record.slug: record
     for record in list_methods(kind="scheduler")
-    if not getattr(record.public, "needs_fit", False)  # fitted to one model and number of steps: tests of their own
+    # those for one model or a few numbers of steps have tests of their own
+    if not getattr(record.public, "needs_fit", False) and not getattr(record.public, "fixed_steps", None)
 }
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 DATA = analytic.GaussianMixture(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9)), 0.2)
@@ -342,6 +343,15 @@ def test_a_finished_run_refuses_another_step(record, first):
     sample(scheduler, first, steps=max(2, fewest_steps(record)))
     with pytest.raises((RuntimeError, IndexError)):
         scheduler.step(start(), 0, start())
+
+
+def test_nan_of_the_model_is_named(record, first):
+    scheduler, x = make(record, first), start()
+    scheduler.set_timesteps(max(4, fewest_steps(record)))
+    with pytest.raises(RuntimeError, match="NaN or infinity at step 2"):
+        for i, t in enumerate(scheduler.timesteps):
+            output = torch.full_like(x, torch.nan) if i == 1 else torch.zeros_like(x)
+            x = scheduler.step(output, t, x, return_dict=False)[0]
 
 
 def test_record_and_class_agree(record):
