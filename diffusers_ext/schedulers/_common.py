@@ -187,6 +187,7 @@ class NoiseLevelScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = times.to(device) if whole else times.float().to(device)
         self.num_inference_steps = len(times)
         self._step_index = self._begin_index = None
+        self._sums: list[torch.Tensor] = []
         self._reset()
 
     def _choose(self, steps, sigmas, timesteps, mu) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,7 +267,8 @@ class NoiseLevelScheduler(SchedulerMixin, ConfigMixin):
             return_dict: Return `SchedulerOutput` instead of a tuple.
 
         Raises:
-            RuntimeError: `set_timesteps` has not been called, or the run is over.
+            RuntimeError: `set_timesteps` has not been called, the run is over, or (at its last step, which alone waits
+                for the device) a model output was NaN or infinite.
             ValueError: `model_output` has another shape than `sample`.
         """
         if self.num_inference_steps is None:
@@ -280,10 +282,23 @@ class NoiseLevelScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if self._step_index >= self.num_inference_steps:
             raise RuntimeError(f"all {self.num_inference_steps} steps are done: call `set_timesteps` for a new run")
+        self._sums.append(model_output.sum(dtype=torch.float32))  # not finite if any element is not
         work = torch.promote_types(sample.dtype, torch.float32)
         after = self._advance(self._step_index, model_output.to(work), sample.to(work), generator).to(sample.dtype)
         self._step_index += 1
+        if self._step_index == self.num_inference_steps:
+            self._require_finite()
         return SchedulerOutput(prev_sample=after) if return_dict else (after,)
+
+    def _require_finite(self) -> None:
+        """Raise `RuntimeError` if a model output of this run was NaN or infinite, naming the step."""
+        flags = torch.isfinite(torch.stack(self._sums)).tolist()
+        if not all(flags):
+            step = self._step_index - len(flags) + flags.index(False) + 1
+            raise RuntimeError(
+                f"the model returned NaN or infinity at step {step} of {self.num_inference_steps}: try a higher "
+                "precision or a lower guidance scale"
+            )
 
     def index_for_timestep(self, timestep) -> int:
         """Index of the first occurrence of `timestep` in the run (the nearest one if it does not occur)."""
@@ -299,6 +314,26 @@ class NoiseLevelScheduler(SchedulerMixin, ConfigMixin):
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """`add_noise` with the argument order that flow-matching pipelines use."""
         return self.add_noise(sample, noise, timestep)
+
+
+def combine(weights: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of weights times tensors, with one pass over memory per term."""
+    total = tensors[0] * weights[0]
+    for w, v in zip(weights[1:], tensors[1:]):
+        total.add_(v, alpha=w)
+    return total
+
+
+def clean_and_noise(output: torch.Tensor, x: torch.Tensor, level: tuple, prediction: str):
+    """`(clean sample, noise)` from a model output at `level` = (alpha, sigma), floats; see `prediction.to_x0`."""
+    alpha, sigma = level
+    if prediction == "epsilon":
+        return combine((1 / alpha, -sigma / alpha), (x, output)), output
+    if prediction == "sample":
+        return output, combine((1 / sigma, -alpha / sigma), (x, output))
+    if prediction == "v_prediction":
+        return combine((alpha, -sigma), (x, output)), combine((sigma, alpha), (x, output))
+    return torch.sub(x, output, alpha=sigma), torch.add(x, output, alpha=alpha)
 
 
 def _translate(config):

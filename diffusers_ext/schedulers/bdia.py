@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..prediction import to_noise, to_x0
 from ..registry import Claim, MethodRecord, register
-from ._common import NoiseLevelScheduler, guided_model, require_choice, schedule_config
+from ._common import NoiseLevelScheduler, clean_and_noise, combine, guided_model, require_choice, schedule_config
 from ._pictures import decode, encode
 
 
@@ -28,23 +27,23 @@ _NOISE_LIKE = 3.0  # standard deviation above which an inverted latent no longer
 
 def ddim_map(x0: torch.Tensor, e: torch.Tensor, level: Sequence[float]) -> torch.Tensor:
     """D(j | z_i): the sample at `level` = (alpha_j, sigma_j) with the clean sample and noise of z_i."""
-    return level[0] * x0 + level[1] * e
+    return combine(level, (x0, e))
 
 
 def bdia_step(x0, e, noisier, noisier_level, cleaner_level, gamma: float) -> torch.Tensor:
     """z_{i-1} from z_{i+1} (`noisier`) and the prediction at z_i; plain DDIM where there is no z_{i+1} (None)."""
-    forward = ddim_map(x0, e, cleaner_level)
     if noisier is None or gamma == 0:
-        return forward
-    return gamma * (noisier - ddim_map(x0, e, noisier_level)) + forward
+        return ddim_map(x0, e, cleaner_level)
+    clean, noise = (b - gamma * a for a, b in zip(noisier_level, cleaner_level))
+    return combine((gamma, clean, noise), (noisier, x0, e))
 
 
 def bdia_inverse_step(x0, e, cleaner, cleaner_level, noisier_level, gamma: float) -> torch.Tensor:
     """z_{i+1} from z_{i-1} (`cleaner`) and the prediction at z_i: `bdia_step` solved for it; DDIM without z_{i-1}."""
-    backward = ddim_map(x0, e, noisier_level)
     if cleaner is None:
-        return backward
-    return (cleaner - ddim_map(x0, e, cleaner_level)) / gamma + backward
+        return ddim_map(x0, e, noisier_level)
+    clean, noise = (a - b / gamma for a, b in zip(noisier_level, cleaner_level))
+    return combine((1 / gamma, clean, noise), (cleaner, x0, e))
 
 
 def _check_gamma(gamma: float, invert: bool, state_dtype: str = "float64") -> None:
@@ -54,6 +53,11 @@ def _check_gamma(gamma: float, invert: bool, state_dtype: str = "float64") -> No
         raise ValueError("gamma is 0, plain DDIM, which is not invertible: use gamma in (0, 1], best 1")
     if invert and gamma < 1 and state_dtype != "float64":
         raise ValueError(f"gamma is {gamma}; inversion with gamma below 1 grows and needs state_dtype='float64'")
+
+
+def _stamp(x: torch.Tensor) -> tuple | None:
+    """Equal for a tensor that nobody has written to; None where torch does not keep count."""
+    return None if x.is_inference() else (x.data_ptr(), x._version, x.shape, x.dtype)
 
 
 class _TwoStep(NoiseLevelScheduler):
@@ -68,7 +72,7 @@ class _TwoStep(NoiseLevelScheduler):
 
     def _reset(self) -> None:
         self._times = self.timesteps.tolist()
-        self._older = self._newer = self._rest = None
+        self._older = self._newer = self._rounded = self._stamp = None
 
     def set_pair(self, noisy: torch.Tensor, less_noisy: torch.Tensor) -> None:
         """Begin the run with two samples at consecutive levels, as `get_pair` returns them.
@@ -92,10 +96,12 @@ class _TwoStep(NoiseLevelScheduler):
         """`(noisy, less_noisy)`: the last two samples, in `state_dtype`.
 
         Raises:
-            RuntimeError: No step has been made.
+            RuntimeError: No step has been made, or a model output was NaN or infinite.
         """
         if self._older is None or self._newer is None:
             raise RuntimeError("there is no pair before the first step")
+        if self._sums:
+            self._require_finite()
         return self._in_order(self._older, self._newer)
 
     def _in_order(self, a, b):
@@ -109,6 +115,7 @@ class _TwoStep(NoiseLevelScheduler):
         """
         self._check_turn(timestep)
         self._sample_dtype = sample.dtype
+        self._untouched = self._stamp is not None and _stamp(sample) == self._stamp
         return super().step(model_output, timestep, sample, generator, return_dict)
 
     def _check_turn(self, timestep) -> None:
@@ -125,22 +132,23 @@ class _TwoStep(NoiseLevelScheduler):
 
     def _precise(self, x: torch.Tensor) -> torch.Tensor:
         """`x` with the digits that the last step had to round away."""
-        z = x.to(_STATES[self.config.state_dtype])
-        if self._newer is not None and self._rest is None:
-            return self._newer  # the first step after set_pair
-        return z if self._rest is None else z + self._rest
+        if self._newer is None:
+            return x.to(_STATES[self.config.state_dtype])
+        if self._rounded is None or self._untouched:  # right after set_pair, or the sample that the last step returned
+            return self._newer
+        return x.to(self._newer.dtype) + (self._newer - self._rounded.to(self._newer.dtype))
 
     def _keep(self, here: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        rounded = result.to(self._sample_dtype)
-        self._older, self._newer, self._rest = here, result, result - rounded.to(result.dtype)
-        return rounded
+        self._older, self._newer, self._rounded = here, result, result.to(self._sample_dtype)
+        self._stamp = _stamp(self._rounded)
+        return self._rounded
 
     def _predict(self, output: torch.Tensor, z: torch.Tensor, level) -> tuple[torch.Tensor, torch.Tensor]:
         """Clean sample and noise; at a clean level that of the lowest noise level where 0 / 0 would be."""
         prediction, output = self.config.prediction_type, output.to(z.dtype)
         if level[1] == 0 and prediction == "sample":
             level = tuple(v.item() for v in self.noise_schedule.levels(self._model_range(1000)[-1]))
-        return to_x0(output, z, *level, prediction), to_noise(output, z, *level, prediction)
+        return clean_and_noise(output, z, level, prediction)
 
 
 @register(

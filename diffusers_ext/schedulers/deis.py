@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ..prediction import NoiseSchedule, to_noise, to_x0
+from ..prediction import NoiseSchedule
 from ..registry import Claim, MethodRecord, register
-from ._common import NoiseLevelScheduler, require_choice, schedule_config
+from ._common import NoiseLevelScheduler, clean_and_noise, combine, require_choice, schedule_config
 from ._native import NativeRun
 
 
@@ -191,8 +191,10 @@ class Weights:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def combine(x0: torch.Tensor, rho: float, evaluations: Sequence, weights: Sequence[float]) -> torch.Tensor:
-    """v + sum of weights times evaluations of eps: every update of this module.
+def advance(
+    x0: torch.Tensor, rho: float, evaluations: Sequence, weights: Sequence[float], scale: float = 1.0
+) -> torch.Tensor:
+    """scale * (v + sum of weights times evaluations of eps): every update of this module.
 
     v = x0 + rho * eps is taken apart, for near pure noise (x0 and the first evaluation are of order 1, rho is not)
     float32 would lose the sum.
@@ -202,9 +204,11 @@ def combine(x0: torch.Tensor, rho: float, evaluations: Sequence, weights: Sequen
         rho: Its rho.
         evaluations: eps; the first one belongs to `x0`.
         weights: One per evaluation.
+        scale: alpha of the level to go to.
     """
     weights = [rho + weights[0], *weights[1:]]
-    return sum((w * e for w, e in zip(weights, evaluations) if w), x0)
+    used = [(scale * w, e) for w, e in zip(weights, evaluations) if w]
+    return combine((scale, *(w for w, _ in used)), (x0, *(e for _, e in used)))
 
 
 def stage_plan(rhos: Sequence[float], nodes: Sequence[float]) -> tuple[list[float], list[tuple[int, int]]]:
@@ -220,7 +224,9 @@ def stage_plan(rhos: Sequence[float], nodes: Sequence[float]) -> tuple[list[floa
     return [*calls, rhos[-1]], steps
 
 
-def rk_next(start: tuple, slopes: Sequence[torch.Tensor], h: float, tableau, last: bool) -> torch.Tensor:
+def rk_next(
+    start: tuple, slopes: Sequence[torch.Tensor], h: float, tableau, last: bool, scale: float = 1.0
+) -> torch.Tensor:
     """Where the next evaluation is wanted: stage `len(slopes)`, or the end of the step after its last stage.
 
     Args:
@@ -229,10 +235,11 @@ def rk_next(start: tuple, slopes: Sequence[torch.Tensor], h: float, tableau, las
         h: Length of the step in rho.
         tableau: Entry of `RK_TABLEAUS`.
         last: Go to the end of the step; with too few slopes by an Euler step.
+        scale: alpha of the level to go to.
     """
     _, rows, b = tableau
     end = b if len(slopes) == len(b) else (1,)
-    return combine(*start, slopes, [h * w for w in (end if last else rows[len(slopes)])])
+    return advance(*start, slopes, [h * w for w in (end if last else rows[len(slopes)])], scale)
 
 
 def _check(method: str, ab_order: int, rk_method: str, quadrature: str) -> None:
@@ -262,7 +269,7 @@ def sample_deis(
         eps, x0 = run.noise(x, run.sigmas[i])
         run.report(i, x, x0)
         history = [eps, *history[:ab_order]]
-        x = run.levels[i + 1][0] * combine(x0, run.rhos[i], history, weights(i, len(history) - 1))
+        x = advance(x0, run.rhos[i], history, weights(i, len(history) - 1), run.levels[i + 1][0])
     return run.finish(x)
 
 
@@ -276,7 +283,7 @@ def _sample_rk(run: NativeRun, x: torch.Tensor, tableau) -> torch.Tensor:
             done, start, slopes = done + 1, (x0, rhos[i]), []
         slopes.append(eps)
         after = 1 / (1 + rhos[i + 1]) if run.flow else 1.0
-        x = after * rk_next(start, slopes, rhos[end] - rhos[first], tableau, last=i + 1 == end)
+        x = rk_next(start, slopes, rhos[end] - rhos[first], tableau, i + 1 == end, after)
     return run.finish(x)
 
 
@@ -381,20 +388,20 @@ class DEISFullScheduler(NoiseLevelScheduler):
                 self._weights(i, min(i, self.config.ab_order))
 
     def _advance(self, i, output, x, generator):
-        levels, prediction = self._levels[i], self.config.prediction_type
-        eps, x0 = to_noise(output, x, *levels, prediction), to_x0(output, x, *levels, prediction)
+        x0, eps = clean_and_noise(output, x, self._levels[i], self.config.prediction_type)
+        scale = self._levels[i + 1][0]
         if self.config.method == "rho_rk":
-            return self._levels[i + 1][0] * self._stage(i, eps, x0)
+            return self._stage(i, eps, x0, scale)
         self._history = [eps, *self._history[: self.config.ab_order]]
         weights = self._weights(i, len(self._history) - 1)
-        return self._levels[i + 1][0] * combine(x0, self._weights.rhos[i], self._history, weights)
+        return advance(x0, self._weights.rhos[i], self._history, weights, scale)
 
-    def _stage(self, i: int, eps: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+    def _stage(self, i: int, eps: torch.Tensor, x0: torch.Tensor, scale: float) -> torch.Tensor:
         (first, end), rhos = self._steps[i], self._weights.rhos
         if i == first:
             self._start = x0, rhos[i]
         elif not self._history:  # the run began inside a step
-            return combine(x0, rhos[i], [eps], [rhos[i + 1] - rhos[i]])
+            return advance(x0, rhos[i], [eps], [rhos[i + 1] - rhos[i]], scale)
         slopes = [*self._history, eps]
         self._history = [] if i + 1 == end else slopes
-        return rk_next(self._start, slopes, rhos[end] - rhos[first], self._tableau, last=i + 1 == end)
+        return rk_next(self._start, slopes, rhos[end] - rhos[first], self._tableau, i + 1 == end, scale)

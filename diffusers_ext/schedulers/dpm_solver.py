@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..prediction import NoiseSchedule, to_noise, to_x0
+from ..prediction import NoiseSchedule
 from ..registry import Claim, MethodRecord, register
-from ._common import NoiseLevelScheduler, require_choice, schedule_config
+from ._common import NoiseLevelScheduler, clean_and_noise, combine, require_choice, schedule_config
 from ._native import NativeRun
 
 
@@ -119,39 +119,37 @@ def coefficients(s: Level, t: Level, data: bool) -> tuple[float, float, float, f
 
 def first_order(x: torch.Tensor, m: torch.Tensor, s: Level, t: Level, data: bool) -> torch.Tensor:
     """DDIM from s to t, whichever of the two the network predicts."""
-    a, k1, _, _ = coefficients(s, t, data)
-    return a * x + k1 * m
+    return combine(coefficients(s, t, data)[:2], (x, m))
 
 
 def second_order(x, m, m1, s: Level, t: Level, r1: float, data: bool, solver_type: str) -> torch.Tensor:
     """Two evaluations, at lambda_s and lambda_s + r1 h; r1 < 0 is the previous step's, as in multistep 2M."""
     a, k1, k2, _ = coefficients(s, t, data)
-    slope = (m1 - m) / r1
-    return a * x + k1 * m + (k1 / 2 if solver_type == "dpmsolver" else k2) * slope
+    return combine((a, k1, (k1 / 2 if solver_type == "dpmsolver" else k2) / r1), (x, m, m1 - m))
 
 
 def third_order_inner(x, m, m1, s: Level, s2: Level, r1: float, r2: float, data: bool) -> torch.Tensor:
     """The sample at lambda_s + r2 h, where the third evaluation is made."""
     a, k1, k2, _ = coefficients(s, s2, data)
-    return a * x + k1 * m + r2 / r1 * k2 * (m1 - m)
+    return combine((a, k1, r2 / r1 * k2), (x, m, m1 - m))
 
 
 def third_order(x, m, m1, m2, s: Level, t: Level, r1: float, r2: float, data: bool, solver_type: str):
     """Three evaluations, at lambda_s, lambda_s + r1 h and lambda_s + r2 h."""
     a, k1, k2, k3 = coefficients(s, t, data)
-    d10, d11 = (m1 - m) / r1, (m2 - m) / r2
     if solver_type == "dpmsolver":
-        return a * x + k1 * m + k2 * d11
-    d1, d2 = (r2 * d10 - r1 * d11) / (r2 - r1), 2 * (d11 - d10) / (r2 - r1)
-    return a * x + k1 * m + k2 * d1 + k3 * d2
+        return combine((a, k1, k2 / r2), (x, m, m2 - m))
+    # D1 = (r2 D10 - r1 D11) / (r2 - r1), D2 = 2 (D11 - D10) / (r2 - r1)
+    of_d10, of_d11 = (r2 * k2 - 2 * k3) / (r2 - r1), (2 * k3 - r1 * k2) / (r2 - r1)
+    return combine((a, k1, of_d10 / r1, of_d11 / r2), (x, m, m1 - m, m2 - m))
 
 
 def third_order_multistep(x, m0, m1, m2, s: Level, t: Level, r0: float, r1: float, data: bool, exact: bool):
     """Multistep 3M: r0, r1 are the last two steps over h. `exact` doubles D2, without which it is second order."""
     a, k1, k2, k3 = coefficients(s, t, data)
-    d10, d11 = (m0 - m1) / r0, (m1 - m2) / r1
-    d1, d2 = d10 + r0 / (r0 + r1) * (d10 - d11), (d10 - d11) / (r0 + r1)
-    return a * x + k1 * m0 + k2 * d1 + k3 * (2 * d2 if exact else d2)
+    # D1 = D10 + r0 / (r0 + r1) (D10 - D11), D2 = (D10 - D11) / (r0 + r1)
+    of_difference = (r0 * k2 + (2 * k3 if exact else k3)) / (r0 + r1)
+    return combine((a, k1, (k2 + of_difference) / r0, -of_difference / r1), (x, m0, m0 - m1, m1 - m2))
 
 
 def single_stage(x, outputs: Sequence, levels: Sequence[Level], data: bool, solver_type: str) -> torch.Tensor:
@@ -389,7 +387,7 @@ class DPMSolverFastScheduler(NoiseLevelScheduler):
 
     def _advance(self, i, output, x, generator):
         c, data = self.config, self.config.algorithm_type == "dpmsolver++"
-        m = (to_x0 if data else to_noise)(output, x, *self._levels[i], c.prediction_type)
+        m = clean_and_noise(output, x, self._levels[i], c.prediction_type)[0 if data else 1]
         if c.method == "multistep":
             self._outputs = [m, *self._outputs[: c.order - 1]]
             left = self.num_inference_steps - i

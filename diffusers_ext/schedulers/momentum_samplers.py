@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..prediction import to_noise, to_x0
 from ..registry import Claim, MethodRecord, register
-from ._common import NoiseLevelScheduler, require_choice, schedule_config
+from ._common import NoiseLevelScheduler, clean_and_noise, combine, require_choice, schedule_config
 from ._native import NativeRun
 from .dpm_solver import Level, coefficients
 
@@ -64,7 +63,12 @@ def mixer(k: int, beta: float = 1.0) -> list[float]:
 
 def mix(history: Sequence[torch.Tensor], k: int, beta: float) -> torch.Tensor:
     """`mixer` applied to the values so far, newest first; of lower order as long as there are fewer."""
-    return sum(w * u for w, u in zip(mixer(min(k, len(history)), beta), history))
+    return combine(mixer(min(k, len(history)), beta), history)
+
+
+def damp(velocity: torch.Tensor | None, value: torch.Tensor, beta: float) -> torch.Tensor:
+    """(1 - beta) velocity + beta value; `value` where there is no velocity yet."""
+    return value if velocity is None or beta == 1 else torch.lerp(velocity, value, beta)
 
 
 class Momentum:
@@ -92,21 +96,19 @@ class Momentum:
             return mix(self._history, self.k, self.beta)
         self._push(slope)
         mixed = mix(self._history, self.k, 1.0)
-        self._velocity = mixed if self._velocity is None else self._damped(mixed)
+        self._velocity = self._damped(mixed)
         return self._velocity if self.kind == "hb" else self._damped(mixed)
 
     def _damped(self, value: torch.Tensor) -> torch.Tensor:
-        if self._velocity is None:
-            return value
-        return (1 - self.beta) * self._velocity + self.beta * value
+        return damp(self._velocity, value, self.beta)
 
     def _push(self, value: torch.Tensor) -> None:
         self._history = [value, *self._history[: self.k - 1]]
 
 
-def follow(x0: torch.Tensor, slope: torch.Tensor, direction: torch.Tensor, s: float, after: float) -> torch.Tensor:
-    """x + (after - s) direction, where x = x0 + s slope; written so that float32 bears large s."""
-    return x0 + after * slope + (after - s) * (direction - slope)
+def follow(x0, slope: torch.Tensor, direction: torch.Tensor, s: float, after: float, scale: float = 1.0):
+    """scale (x + (after - s) direction), where x = x0 + s slope; written so that float32 bears large s."""
+    return combine((scale, scale * after, scale * (after - s)), (x0, slope, direction - slope))
 
 
 # --- DPM-Solver++ and UniPC ---------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def follow(x0: torch.Tensor, slope: torch.Tensor, direction: torch.Tensor, s: fl
 def dpmpp_2m_direction(m0: torch.Tensor, m1: torch.Tensor, s1: Level, s0: Level, t: Level) -> torch.Tensor:
     """m0 + D1 / 2: what the second-order multistep (midpoint) update puts in the place of the clean sample."""
     r0 = (s0.log_snr - s1.log_snr) / (t.log_snr - s0.log_snr)
-    return m0 + 0.5 / r0 * (m0 - m1)
+    return combine((1 + 0.5 / r0, -0.5 / r0), (m0, m1))
 
 
 def unipc_weights(log_snr: Sequence[float], target: float, correct: bool, variant: str):
@@ -146,7 +148,7 @@ def unipc_weights(log_snr: Sequence[float], target: float, correct: bool, varian
 
 def unipc_value(phi: float, weights: Sequence[float], m0: torch.Tensor, others: Sequence[torch.Tensor]):
     """h phi_1 m0 + sum of weights (m - m0): x_t = sigma_t / sigma_s x - alpha_t value."""
-    return sum((w * (m - m0) for w, m in zip(weights, others)), phi * m0)
+    return combine((phi - sum(weights), *weights), (m0, *others[: len(weights)]))
 
 
 def _check_beta(beta: float) -> None:
@@ -195,9 +197,8 @@ def sample_dpmpp_2m_momentum(model, x, sigmas, extra_args=None, callback=None, d
         value = m
         if older is not None and levels[i + 1].sigma > 0:
             value = dpmpp_2m_direction(m, older, levels[i - 1], levels[i], levels[i + 1])
-            velocity = value = value if velocity is None else (1 - beta) * velocity + beta * value
-        a, k1, _, _ = coefficients(levels[i], levels[i + 1], True)
-        x, older = a * x + k1 * value, m
+            velocity = value = damp(velocity, value, beta)
+        x, older = combine(coefficients(levels[i], levels[i + 1], True)[:2], (x, value)), m
     return run.finish(x)
 
 
@@ -214,16 +215,15 @@ class _MomentumScheduler(NoiseLevelScheduler):
 
     def _advance(self, i, output, x, generator):
         c, (alpha, sigma), (alpha_to, sigma_to) = self.config, self._levels[i], self._levels[i + 1]
-        x0 = to_x0(output, x, alpha, sigma, c.prediction_type)
         if self.noise_schedule.family == "flow":
-            slope, s, after, scale = output, sigma, sigma_to, 1.0
+            x0, slope, s, after, scale = torch.sub(x, output, alpha=sigma), output, sigma, sigma_to, 1.0
         else:
-            slope = to_noise(output, x, alpha, sigma, c.prediction_type)
+            x0, slope = clean_and_noise(output, x, (alpha, sigma), c.prediction_type)
             s, after, scale = sigma / alpha, sigma_to / alpha_to, alpha_to
         d = self._momentum(slope)
         if c.denoise_last and i + 1 == self.num_inference_steps:
             d = slope
-        return scale * follow(x0, slope, d, s, after)
+        return follow(x0, slope, d, s, after, scale)
 
 
 @register(
@@ -311,17 +311,15 @@ class DPMSolverMultistepMomentumScheduler(NoiseLevelScheduler):
         self._older = self._velocity = None
 
     def _advance(self, i, output, x, generator):
-        m, n, beta = to_x0(output, x, *self._levels[i], self.config.prediction_type), self._nodes, self.config.beta
+        m, n = clean_and_noise(output, x, self._levels[i], self.config.prediction_type)[0], self._nodes
         last = i + 1 == self.num_inference_steps
         low = last and (n[-1].sigma == 0 or (self.config.lower_order_final and self.num_inference_steps < _LOW_STEPS))
         value = m
         if self._older is not None and not low and n[i - 1].log_snr < n[i].log_snr < n[i + 1].log_snr:
             value = dpmpp_2m_direction(m, self._older, n[i - 1], n[i], n[i + 1])
-            value = value if self._velocity is None else (1 - beta) * self._velocity + beta * value
-            self._velocity = value
+            self._velocity = value = damp(self._velocity, value, self.config.beta)
         self._older = m
-        a, k1, _, _ = coefficients(n[i], n[i + 1], True)
-        return a * x + k1 * value
+        return combine(coefficients(n[i], n[i + 1], True)[:2], (x, value))
 
 
 class UniPCMultistepMomentumScheduler(NoiseLevelScheduler):
@@ -361,21 +359,19 @@ class UniPCMultistepMomentumScheduler(NoiseLevelScheduler):
 
     def _update(self, i: int, x, outputs: Sequence, order: int, m_t=None) -> torch.Tensor:
         """From node `i` to the next one by the evaluations up to node `i`; corrected if `m_t` is given."""
-        s, t, beta, correct = self._nodes[i], self._nodes[i + 1], self.config.beta, m_t is not None
+        s, t, correct, unit = self._nodes[i], self._nodes[i + 1], m_t is not None, 1.0
         past = [self._nodes[i - k].log_snr for k in range(order)]
         phi, weights = unipc_weights(past, t.log_snr, correct, self.config.variant)
         others = [m_t, *outputs[1:order]] if correct else outputs[1:order]
         value = unipc_value(phi, weights, outputs[0], others)
         if t.sigma > 0 and (correct or self.config.predictor_momentum):
-            value = value / (t.sigma * phi)
-            velocity = self._velocities.get(correct)
-            value = value if velocity is None else (1 - beta) * velocity + beta * value
-            self._velocities[correct] = value
-            value = value * (t.sigma * phi)
-        return t.sigma / s.sigma * x - t.alpha * value
+            unit = t.sigma * phi
+            self._velocities[correct] = value = damp(self._velocities.get(correct), value / unit, self.config.beta)
+        return combine((t.sigma / s.sigma, -t.alpha * unit), (x, value))
 
     def _advance(self, i, output, x, generator):
-        m, left = to_x0(output, x, *self._levels[i], self.config.prediction_type), self.num_inference_steps - i
+        m = clean_and_noise(output, x, self._levels[i], self.config.prediction_type)[0]
+        left = self.num_inference_steps - i
         if self._before is not None and self._nodes[i].log_snr > self._nodes[i - 1].log_snr:
             x = self._update(i - 1, self._before, self._outputs, self._order, m)
         self._outputs = [m, *self._outputs[: self.config.solver_order - 1]]

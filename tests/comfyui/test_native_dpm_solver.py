@@ -44,7 +44,8 @@ def test_same_latents_as_the_scheduler(
         x = scheduler.step(output, t, x).prev_sample
     sampler = dx_nodes["DXDPMSolverFastExact"].execute(order, algorithm, "dpmsolver", "given").result[0]
     native = sample_analytic(sampler, sigmas, noise, MIXTURE, name)
-    assert (native - x).abs().max() < 1e-5
+    # the noise form adds up multiples of eps as large as sigma / alpha, here 14.6, in float32
+    assert (native - x).abs().max() < (1e-5 if algorithm == "dpmsolver++" else 2e-5)
 
 
 @pytest.mark.parametrize("name", ["shapes-unet", "shapes-dit"])

@@ -16,7 +16,7 @@ from diffusers_ext.schedulers.deis import (
     Clock,
     DEISFullScheduler,
     Weights,
-    combine,
+    advance,
     riemann_weights,
     rk_next,
     sample_deis,
@@ -78,7 +78,7 @@ def run_ab(method, degree, rhos, clock, x, quadrature="gauss"):
     for i in range(len(rhos) - 1):
         eps, x0 = evaluate(v, rhos[i])
         history = [eps, *history[:degree]]
-        v = combine(x0, rhos[i], history, weights(i, len(history) - 1))
+        v = advance(x0, rhos[i], history, weights(i, len(history) - 1))
     return v * level(rhos[-1])[0]
 
 
@@ -167,7 +167,7 @@ def test_rho_ab_is_exact_for_polynomials(degree):
     weights, v = Weights("rho_ab", rhos, Clock(analytic.schedule("edm"))), torch.tensor(0.0, dtype=torch.float64)
     for i in range(degree, 11):
         values = [f(rhos[i - j]) for j in range(degree + 1)]
-        v = combine(v - rhos[i] * values[0], rhos[i], values, weights(i, degree))
+        v = advance(v - rhos[i] * values[0], rhos[i], values, weights(i, degree))
     assert abs(v - (primitive(rhos[-1]) - primitive(rhos[degree]))) < 1e-10
 
 
