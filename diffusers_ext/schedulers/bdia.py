@@ -63,6 +63,8 @@ def _stamp(x: torch.Tensor) -> tuple | None:
 class _TwoStep(NoiseLevelScheduler):
     """State that both directions share: the two last samples, more precise than the latents in a pipeline's loop."""
 
+    _older = _newer = _rounded = _stamp = None
+
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
         """See `NoiseLevelScheduler.from_config`; `set_alpha_to_one` of DDIM becomes `final_sigmas_type`."""
