@@ -28,8 +28,9 @@ _MANY_STEPS = 20
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """<a, b> over positions: `[B, C, ...]` -> `[B, C, 1, ...]`, tokens `[B, L, C]` -> `[B, 1, C]`."""
-    dims = tuple(range(2, a.ndim)) if a.ndim > 3 else (1,)
-    return (a * b).sum(dims, keepdim=True)
+    if a.ndim > 3:
+        return torch.linalg.vecdot(a.flatten(2), b.flatten(2)).reshape(*a.shape[:2], *[1] * (a.ndim - 2))
+    return (a * b).sum(1, keepdim=True)
 
 
 def projection(ab: torch.Tensor, bb: torch.Tensor) -> torch.Tensor:
@@ -59,7 +60,7 @@ class Interval:
 
     def euler(self, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         """DDIM step, E."""
-        return self.keep * x + self.gain * m
+        return torch.add(self.keep * x, m, alpha=self.gain)
 
     def balance(self, ab: torch.Tensor, bb: torch.Tensor) -> torch.Tensor:
         """c: how much of the older prediction is taken off the newer one."""
@@ -94,26 +95,31 @@ class History:
 def make_probe(step: Interval, history: History, x: torch.Tensor) -> Pending:
     """Where the model is asked next (steps 3 to 5)."""
     c1 = step.balance(history.a01, history.a11)
-    d1 = history.m0 - c1 * history.m1
+    d1 = torch.addcmul(history.m0, c1, history.m1, value=-1)
     r_i = (torch.sigmoid(0.25 * c1.abs()) * step.r).clamp(0.25 * step.r, 1.5 * step.r)
     euler = step.euler(x, history.m0)
-    return Pending(step, euler, euler + 0.5 * step.gain * d1 / r_i, d1, r_i)
+    return Pending(step, euler, torch.addcmul(euler, 0.5 * step.gain / r_i, d1), d1, r_i)
 
 
 def finish(pending: Pending, history: History, mt: torch.Tensor, at0: torch.Tensor, steps: int) -> torch.Tensor:
-    """The sample at the probe's node, now that the prediction `mt` at the probe is known (steps 7 to 10)."""
-    step, d1 = pending.step, pending.d1
-    d2 = mt - step.balance(at0, history.a00) * history.m0
-    before, after = d1 / (step.r * step.h), step.r * d2 / step.h
-    plus, minus = after + before, after - before
-    eta = 0.5 * torch.sigmoid((0.5 * projection(dot(plus, minus), dot(minus, minus))).abs())
-    slope = -eta * d1 / step.r + (1 - eta) * step.r * d2
-    gap = pending.probe - pending.euler - 0.5 * step.gain * slope / pending.r_i
-    z = (projection(dot(gap, d1), dot(d1, d1)) / step.gain).abs() - 0.5
+    """The sample at the probe's node, now that the prediction `mt` at the probe is known (steps 7 to 10).
+
+    Everything is a combination of D1 and D2 per channel, so three dot products give all projections.
+    """
+    step, d1, r_i = pending.step, pending.d1, pending.r_i
+    d2 = torch.addcmul(mt, step.balance(at0, history.a00), history.m0, value=-1)
+    d11, d12, d22 = dot(d1, d1), dot(d1, d2), dot(d2, d2)
+    before, after = 1 / (step.r * step.h), step.r / step.h  # B_pre = before D1, B_next = after D2
+    difference = after**2 * d22 - 2 * after * before * d12 + before**2 * d11
+    eta = 0.5 * torch.sigmoid(0.5 * projection(after**2 * d22 - before**2 * d11, difference).abs())
+    u, v = -eta / step.r, (1 - eta) * step.r  # B_theta = u D1 + v D2
+    along = 0.5 * step.gain / r_i * (d11 - (u * d11 + v * d12))  # <P1, D1>
+    z = (projection(along, d11) / step.gain).abs() - 0.5
     if steps > _MANY_STEPS:
         g = (history.m0 - history.m1) / step.h
         z = -z * torch.sigmoid(projection(dot(history.m0, g), dot(g, g)) * (2 - step.keep**2))
-    return pending.euler + 0.5 * step.gain * slope / torch.sigmoid(z)
+    scale = 0.5 * step.gain / torch.sigmoid(z)
+    return torch.addcmul(torch.addcmul(pending.euler, scale * u, d1), scale * v, d2)
 
 
 def final_step(step: Interval, history: History, x: torch.Tensor, sigmas: tuple[float, float]) -> torch.Tensor:
