@@ -132,8 +132,8 @@ def riemann_weights(nodes: Sequence[float], target: float, clock, variable: str)
     if variable == "rho":
         u, at, measure = nodes[0] + (target - nodes[0]) * share, list(nodes), (target - nodes[0]) / 10_000
     else:
-        at = [float(t) for t in clock.time(np.asarray(nodes))]
-        span = float(clock.time(target)) - at[0]
+        *at, end = np.round(clock.time(np.array([*nodes, target])), 9).tolist()  # whole timesteps are whole again
+        span = end - at[0]
         u = at[0] + span * share
         measure = _slope(clock, u) * span / 10_000
     return [float((measure * lagrange(u, at, j)).sum()) for j in range(len(nodes))]
@@ -315,7 +315,7 @@ class DEISFullScheduler(NoiseLevelScheduler):
         ts_phase: Grid uniform in t^(1/ts_order) (`"t"`), log rho (`"log"`) or rho^(1/ts_order) (`"rho"`).
         ts_order: Exponent of the grid, > 0; 2 for `"t"`, 7 for `"rho"`.
         sampling_eps: Last time of flow models, in (0, 1); discrete models end at timestep 0.
-        quadrature: `"gauss"` (weights to round-off) or `"riemann"` (the authors' sum, which leaves errors near 1e-5).
+        quadrature: `"gauss"` (weights to round-off) or `"riemann"` (the authors' sum, off in the fourth digit).
         final_sigmas_type: `"sigma_min"` (as the authors: end at the lowest level) or `"zero"` (end clean).
 
     The other options are those of `diffusers_ext.schedulers._common.NoiseLevelScheduler`.
