@@ -27,6 +27,7 @@ from diffusers_ext.zoo.analytic import rk4
 CALLS = (5, 8, 10, 15, 20)
 PICTURES = 16
 GUIDANCE = 3.0
+SEARCHED_CALLS = 8
 REFERENCE_STEPS = 50  # of four calls
 PEERS = ("DDIM", "Euler", "Heun", "DPM++ 2M", "UniPC")
 
@@ -107,6 +108,19 @@ def peer(name: str, bed: Bed) -> Any | None:
     }[name]()
 
 
+def searched(bed: Bed, images: int = 4, evaluations: int = 40) -> Any:
+    """USF with schedules found on other captions; named solvers above `SEARCHED_CALLS` calls."""
+    from diffusers_ext.schedulers.usf_s3 import SolverScheduleSearch, USFScheduler, pipeline_fitness
+
+    scheduler = USFScheduler.from_config(bed.pipe.scheduler.config)
+    fitness = pipeline_fitness(bed.pipe, zoo.scenes(images, 1).captions, GUIDANCE, seed=10**6)
+    for calls in (n for n in CALLS if n <= SEARCHED_CALLS):
+        starts = [scheduler.preset_schedule(calls, name) for name in ("unipc_bh2", "dpmpp_2m", "dpmpp_3m")]
+        search = SolverScheduleSearch(fitness, starts, calls, analytic_first_step=not bed.flow)
+        scheduler.load_schedule(search.run(evaluations, progress=False))
+    return scheduler
+
+
 class FittedPerSteps:
     """OLSS fitted to 50 first-order steps of eight other captions, once for each number of steps."""
 
@@ -142,6 +156,11 @@ def variants(record: MethodRecord, bed: Bed) -> dict[str, Any]:
     name = record.public.__name__.removesuffix("Scheduler")
     if record.slug == "olss":
         return {f"{name}, fitted per steps": FittedPerSteps(bed)}
+    if record.slug == "usf-s3":
+        return {f"{name}, searched up to {SEARCHED_CALLS}": searched(bed), name: record.public.from_config(config)}
+    if record.slug == "evodiff":
+        even = record.public.from_config(config, skip_type="time_uniform")
+        return {f"{name}, time_uniform": even, name: record.public.from_config(config)}
     if record.slug != "dpm-solver-v3":
         return {name: record.public.from_config(config)}
     from diffusers_ext.schedulers._ems import DATA, GRID, calibrate_ems, shipped_latents

@@ -259,7 +259,8 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
 
     Args:
         solver_order: 2 is the only order there is.
-        skip_type: Where the steps are: `"logSNR"`, `"time_uniform"`, `"time_quadratic"` or `"edm"`.
+        skip_type: Where the steps are: `"logSNR"`, `"time_uniform"` (better for guided latent models
+            below 15 steps), `"time_quadratic"` or `"edm"`.
         final: Last step of the solver: `"ddim"`, or `"official"`, the released code's, which shrinks the sample by
             1 - sqrt(sigma sigma') and is made for EDM models that end at sigma 0.002.
         denoise_to_zero: Spend the last call on the clean prediction at the lowest noise level and return it, as the
