@@ -49,8 +49,13 @@ async function openPage(browser, problems) {
   const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } })
   await page.route((u) => !isLocal(u.href), (r) => r.abort())
   watch(page, problems)
-  // A fresh profile would get the template browser over the canvas, and a map over the graph.
-  for (const [name, value] of [['Comfy.TutorialCompleted', 'true'], ['Comfy.Minimap.Visible', 'false']]) {
+  // A fresh profile would get the template browser over the canvas, a map over the graph, and no text in small nodes.
+  const settings = [
+    ['Comfy.TutorialCompleted', 'true'],
+    ['Comfy.Minimap.Visible', 'false'],
+    ['LiteGraph.Canvas.MinFontSizeForLOD', '0']
+  ]
+  for (const [name, value] of settings) {
     await fetch(new URL(`/settings/${name}`, url), { method: 'POST', body: value })
   }
   await page.goto(url, { waitUntil: 'domcontentloaded', timeout: TIMEOUT })
