@@ -148,7 +148,10 @@ class UNetTask:
     def __init__(self, prediction: str):
         self.prediction = prediction
         # A flat ground rests on the mean of 256 latents, and small errors of the noise grow to a wrong colour.
-        self.mean_weight = 64.0 if prediction == "epsilon" else 0.0
+        self.mean_weight = 2.0 if prediction == "epsilon" else 0.0
+        # Stable Diffusion's schedule never hides the mean of a picture, so a model would read the ground from
+        # what is pure noise when it draws. Noise with a random mean teaches it to ask the caption.
+        self.noise_offset = 0.1 if prediction == "epsilon" else 0.0
         self.alpha, self.sigma = alphas_and_sigmas(prediction)
 
     def levels(self, draws: Draws) -> torch.Tensor:
@@ -174,7 +177,7 @@ class FluxTask:
     """Noise levels, loss weights and calls of the Flux transformer: rectified flow, x = (1 - s) x0 + s noise."""
 
     prediction = "flow_prediction"
-    mean_weight = 0.0
+    mean_weight = noise_offset = 0.0
 
     def levels(self, draws: Draws) -> torch.Tensor:
         """Noise levels s: 70 % logit-normal, 30 % uniform."""
@@ -264,6 +267,7 @@ def denoising_loss(model: nn.Module, task: UNetTask | FluxTask, cache: Cache, te
         alpha, sigma = (expand(v, z) for v in task.noise_levels(level))
         x = alpha * z + sigma * noise
         clean = z if teacher is None else teacher.clean(x, alpha, sigma, text)
+        x = x + sigma * task.noise_offset * draws.normal(z.shape[1], 1, 1)
         error = task.predict(model, x, level, text) - from_x0(clean, x, alpha, sigma, task.prediction)
         level_weight = task.weight(alpha, sigma)
         value = (level_weight * weight * error.square()).mean()
