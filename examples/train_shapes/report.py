@@ -115,12 +115,17 @@ def card(folder: Path, recipe: Path) -> None:
 
 
 def _example(name: str, kind: str) -> str:
-    extra = "guidance_scale=3.0"
+    options = {"num_inference_steps": 20, "height": 64, "width": 64, "guidance_scale": 3.0}
     if kind == "dit":
-        extra = 'negative_prompt="", true_cfg_scale=3.0, guidance_scale=1.0, max_sequence_length=20'
-    return (
-        "from diffusers_ext import zoo\n\n"
-        f'pipe = zoo.load("{name}")\n'
-        'prompt = "a small red circle left of a large green square, striped blue background"\n'
-        f"image = pipe(prompt, num_inference_steps=20, height=64, width=64, {extra}).images[0]"
+        options |= {"guidance_scale": 1.0, "true_cfg_scale": 3.0, "negative_prompt": "", "max_sequence_length": 20}
+    values = ("    {}={},".format(key, '""' if value == "" else value) for key, value in options.items())
+    return "\n".join(
+        [
+            "from diffusers_ext import zoo\n",
+            f'pipe = zoo.load("{name}")',
+            "image = pipe(",
+            '    "a small red circle left of a large green square, striped blue background",',
+            *values,
+            ").images[0]",
+        ]
     )
