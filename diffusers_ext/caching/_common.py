@@ -122,6 +122,11 @@ class RunTracker(Generic[S]):
     _schedule: torch.Tensor | None = None
     _tick: int = 0
 
+    @property
+    def run_step(self) -> int:
+        """Timesteps of this run before the current one, whichever kind of call saw them."""
+        return self._tick
+
     def reset(self) -> None:
         """Forget the run."""
         self._contexts.clear()
