@@ -6,18 +6,22 @@ A saved workflow (UI format) lists nodes with positions and links; a server want
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from .registry import unknown
 
 
 Graph = dict[str, dict[str, Any]]
 ObjectInfo = Mapping[str, Mapping[str, Any]]
 
-_WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+_WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COMFY_DYNAMICCOMBO_V3")
 _SEED_CONTROL = ("fixed", "increment", "decrement", "randomize")
 _VIRTUAL = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
 _MUTED, _BYPASSED = 2, 4
+_MODEL_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".gguf")
 
 
 def is_ui_format(workflow: Mapping[str, Any]) -> bool:
@@ -169,6 +173,48 @@ def _same_output(old: Mapping[str, Any], new: Mapping[str, Any], slot: int) -> i
     if kind not in new["output"]:
         raise ValueError(f"{new['name']} has no {kind} output, so it cannot replace {old['name']}")
     return new["output"].index(kind)
+
+
+def set_values(graph: Graph, values: Mapping[str, str]) -> Graph:
+    """A copy of an API graph with other values under names a person would type.
+
+    Args:
+        graph: API format.
+        values: Name -> new value as text. A name is a value the graph holds, such as a model file (all equal ones are
+            replaced), an input (`"steps"`), or an input of one node type (`"KSampler.steps"`).
+
+    Raises:
+        ValueError: Nothing in the graph has that name, or an input that holds a number is given a text.
+    """
+    graph = copy.deepcopy(graph)
+    for name, text in values.items():
+        plain = [(node, key) for node in graph.values() for key, v in node["inputs"].items() if not _is_link(v)]
+        places = [(node, key) for node, key in plain if node["inputs"][key] == name]
+        places = places or [(node, key) for node, key in plain if name in (key, f"{node['class_type']}.{key}")]
+        if not places:
+            files = {v for node, key in plain if _is_file(v := node["inputs"][key])}
+            raise ValueError(unknown("value", name, files | {f"{node['class_type']}.{key}" for node, key in plain}))
+        for node, key in places:
+            node["inputs"][key] = _like(node["inputs"][key], text, name)
+    return graph
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith(_MODEL_FILES)
+
+
+def _like(old: Any, text: str, name: str) -> Any:
+    """`text` as what `old` is: a truth value, a number or a text."""
+    if isinstance(old, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} is {text!r}; accepted: true, false")
+        return text.lower() == "true"
+    if not isinstance(old, (int, float)):
+        return text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise ValueError(f"{name} is {text!r}; a number is needed")
 
 
 def shapes_substitutions(model: str, size: int = 64) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from author_workflow import COMFYUI, REPOSITORY, provide_model_names, run_jobs
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusers_ext.comfy_client import ComfyClient, ComfyServer, start_server
 from diffusers_ext.comfy_graph import for_shapes
@@ -33,7 +33,7 @@ def montage(paths: list[Path]) -> Image.Image:
     sheet = Image.new("RGB", (cell * side, cell * side), "white")
     for i, path in enumerate(paths):
         with Image.open(path) as picture:
-            tile = picture.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+            tile = ImageOps.pad(picture.convert("RGB"), (cell, cell), Image.Resampling.BICUBIC, color="white")
         sheet.paste(tile, (i % side * cell, i // side * cell))
     return sheet
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext import zoo
-from diffusers_ext.comfy_graph import for_shapes, set_prompt, shapes_substitutions, substitute, to_api
+from diffusers_ext.comfy_graph import for_shapes, set_prompt, set_values, shapes_substitutions, substitute, to_api
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -114,6 +115,57 @@ def test_shapes_pictures_follow_the_prompt(run_on_shapes, judge, slug):
         assert sum(r[attribute] for r in right) / len(right) > 0.6, attribute
 
 
+class TestSolverShootout:
+    """The comparison is fair: one seed and guidance, and as many model calls for every sampler."""
+
+    PATH = REPOSITORY / "workflows/solver-shootout.json"
+
+    @pytest.fixture
+    def graph(self, server):
+        return for_shapes(_read(self.PATH), server.object_info, CAPTION)
+
+    def test_six_samplers_share_seed_guidance_and_latent(self, graph):
+        runs = [n["inputs"] for n in graph.values() if n["class_type"] == "SamplerCustomAdvanced"]
+        assert len(runs) == len({graph[r["sampler"][0]]["class_type"] for r in runs}) == 6
+        assert all(graph[r["sampler"][0]]["class_type"].startswith("DX") for r in runs)
+        for shared in ("noise", "guider", "latent_image"):
+            assert len({tuple(r[shared]) for r in runs}) == 1
+        labels = [n["inputs"]["text"] for n in graph.values() if n["class_type"] == "TextOverlay"]
+        assert len(set(labels)) == 6
+
+    def test_every_sampler_makes_the_same_number_of_calls(self, comfy, dx_nodes, native_pipe, graph):
+        model = native_pipe("shapes-unet")[0]
+        calls = next(n["inputs"]["value"] for n in graph.values() if n["class_type"] == "PrimitiveInt")
+        plain = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", calls)
+        made = {}
+        for node in graph.values():
+            if node["class_type"] == "SamplerCustomAdvanced":
+                name = graph[node["inputs"]["sampler"][0]]["class_type"]
+                inputs = dict(graph[node["inputs"]["sampler"][0]]["inputs"])
+                inputs.update(
+                    {key: {"model": model, "steps": calls}[key] for key in ("model", "steps") if key in inputs}
+                )
+                sampler, *sigmas = dx_nodes[name].execute(**inputs).result
+                made[name] = self._count(comfy, model, sampler, sigmas[0] if sigmas else plain)
+        assert len(made) == 6 and set(made.values()) == {calls}
+
+    @staticmethod
+    def _count(comfy, model, sampler, sigmas) -> int:
+        calls, counted = [], model.clone()
+
+        def count(apply_model, args):
+            calls.append(1)
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+        counted.set_model_unet_function_wrapper(count)
+        guider = comfy.samplers.CFGGuider(counted)
+        guider.set_conds([[torch.zeros(1, 20, 128), {}]], [])
+        guider.set_cfg(1.0)
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        guider.sample(noise, torch.zeros_like(noise), sampler, sigmas)
+        return len(calls)
+
+
 @functools.cache
 def _vae():
     return zoo.load("shapes-unet").vae
@@ -194,6 +246,48 @@ class TestGraphChanges:
         graph = {"1": _node("CheckpointLoaderSimple"), "2": _node("Use", model=["1", 0])}
         with pytest.raises(ValueError, match="VAELoader has no MODEL output"):
             substitute(graph, {"CheckpointLoaderSimple": {"class_type": "VAELoader"}}, INFO)
+
+    def test_values_are_set_by_the_names_people_type(self):
+        graph = {
+            "1": _node("CheckpointLoaderSimple", ckpt_name="v1-5-fp16.safetensors"),
+            "2": _node("KSampler", model=["1", 0], steps=20, cfg=7, sampler_name="euler"),
+            "3": _node("BasicScheduler", model=["1", 0], steps=20),
+            "4": _node("Overlay", outline=True),
+        }
+        changes = {
+            "v1-5-fp16.safetensors": "mine.safetensors",
+            "KSampler.steps": "8",
+            "cfg": "3.5",
+            "euler": "heun",
+            "outline": "False",
+        }
+        changed = set_values(graph, changes)
+        assert changed == {
+            "1": _node("CheckpointLoaderSimple", ckpt_name="mine.safetensors"),
+            "2": _node("KSampler", model=["1", 0], steps=8, cfg=3.5, sampler_name="heun"),
+            "3": _node("BasicScheduler", model=["1", 0], steps=20),
+            "4": _node("Overlay", outline=False),
+        }
+        assert [n["inputs"].get("steps") for n in set_values(graph, {"steps": "6"}).values()] == [None, 6, 6, None]
+        assert graph["2"]["inputs"]["cfg"] == 7
+
+    @pytest.mark.parametrize(
+        "values, message",
+        [
+            ({"v1-5-fp61.safetensors": "x"}, "Did you mean 'v1-5-fp16.safetensors'"),
+            ({"KSampler.stps": "3"}, "Did you mean 'KSampler.steps'"),
+            ({"model": "x"}, "unknown value 'model'"),
+            ({"steps": "many"}, "steps is 'many'; a number is needed"),
+            ({"outline": "yes"}, "accepted: true, false"),
+        ],
+    )
+    def test_values_that_fit_nowhere_are_refused(self, values, message):
+        graph = {
+            "1": _node("CheckpointLoaderSimple", ckpt_name="v1-5-fp16.safetensors"),
+            "2": _node("KSampler", model=["1", 0], steps=20, outline=True),
+        }
+        with pytest.raises(ValueError, match=re.escape(message)):
+            set_values(graph, values)
 
     def test_only_positive_prompts_change(self):
         graph = {
