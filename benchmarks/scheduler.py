@@ -30,6 +30,28 @@ GUIDANCE = 3.0
 SEARCHED_CALLS = 8
 REFERENCE_STEPS = 50  # of four calls
 PEERS = ("DDIM", "Euler", "Heun", "DPM++ 2M", "UniPC")
+CLASSES = {
+    "DDIM": ("DDIMScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "DEIS multistep": ("DEISMultistepScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+# diffusers' Karras levels are those of VP models, and its DDIM of them too: Euler is DDIM for flow models
+FLOW_CLASSES = {
+    "Euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "Heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    **{
+        name: (CLASSES[name][0], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"})
+        for name in ("DPM++ 2M", "DEIS multistep", "UniPC")
+    },
+}
+
+
+class NoSuchSteps(ValueError):
+    """A solver takes no number of steps that fits a number of model calls."""
 
 
 @dataclass
@@ -49,6 +71,22 @@ class Bed:
     @property
     def flow(self) -> bool:
         return self.schedule.family == "flow"
+
+    @functools.cached_property
+    def true_pictures(self) -> torch.Tensor:
+        """The pictures of `reference`."""
+        return decode(self, self.reference)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a solver made of the noise of a bed: calls spent, pictures, and how near they are to the reference."""
+
+    calls: int
+    images: torch.Tensor
+    error: float
+    psnr: float
+    accuracy: float
 
 
 def make_bed(name: str, pictures: int, dtype: torch.dtype = torch.float32) -> Bed:
@@ -94,18 +132,11 @@ def float64_gap(name: str) -> float:
 
 def peer(name: str, bed: Bed) -> Any | None:
     """One of diffusers' schedulers for the model of `bed`; None where diffusers has none for flow models."""
-    config = bed.pipe.scheduler.config
-    if not bed.flow:
-        classes = ("DDIM", "EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep", "UniPCMultistep")
-        return getattr(diffusers, dict(zip(PEERS, classes))[name] + "Scheduler").from_config(config)
-    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    return {
-        "DDIM": lambda: None,
-        "Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
-        "Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
-        "DPM++ 2M": lambda: diffusers.DPMSolverMultistepScheduler(**options),
-        "UniPC": lambda: diffusers.UniPCMultistepScheduler(**options),
-    }[name]()
+    made, options = (FLOW_CLASSES if bed.flow else CLASSES).get(name, (None, {}))
+    if made is None:
+        return None
+    public = getattr(diffusers, made)
+    return public(**options) if bed.flow else public.from_config(bed.pipe.scheduler.config, **options)
 
 
 def searched(bed: Bed, images: int = 4, evaluations: int = 40) -> Any:
@@ -163,10 +194,11 @@ def variants(record: MethodRecord, bed: Bed) -> dict[str, Any]:
         return {f"{name}, time_uniform": even, name: record.public.from_config(config)}
     if record.slug != "dpm-solver-v3":
         return {name: record.public.from_config(config)}
-    from diffusers_ext.schedulers._ems import DATA, GRID, calibrate_ems, shipped_latents
+    from diffusers_ext.schedulers._ems import DATA, GRID, calibrate_ems, clean_latents
 
-    latents, captions = shipped_latents(bed.pipe, DATA)
-    ems = calibrate_ems(bed.pipe, latents, captions, GUIDANCE, estimator="fd", num_grid=GRID)
+    scenes = zoo.held_out(DATA)
+    latents = clean_latents(bed.pipe, scenes.images)
+    ems = calibrate_ems(bed.pipe, latents, scenes.captions, GUIDANCE, estimator="fd", num_grid=GRID)
     options = {"final_sigmas_type": "zero"}
     with_ems = record.public.from_config(config, **options).load_ems(ems)
     return {
@@ -188,6 +220,8 @@ def run(scheduler: Any, bed: Bed, calls: int) -> tuple[torch.Tensor, int]:
                 continue
         if len(scheduler.timesteps) <= calls:
             break
+    else:
+        raise NoSuchSteps(f"{type(scheduler).__name__} takes no number of steps that fits {calls} model calls")
     x = bed.noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         inputs = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -242,28 +276,35 @@ def compared(name: str, pictures: int, calls: tuple[int, ...]) -> tuple[Bed, lis
     return bed, list(rows_of(bed, peers, calls, drawn)), drawn, f"{name} {float64_gap(name):.1e}"
 
 
+@functools.cache
+def judge() -> Any:
+    """The classifier that reads pictures, loaded once."""
+    return zoo.load_judge()
+
+
+def outcome(scheduler: Any, bed: Bed, calls: int) -> Outcome:
+    """Run a solver with at most `calls` model calls and compare its latents and pictures with the reference."""
+    latents, made = run(scheduler, bed, calls)
+    images = decode(bed, latents)
+    error = (latents - bed.reference).pow(2).mean().sqrt().item()
+    accuracy = judge().accuracy(images, bed.specs)["all"]
+    return Outcome(made, images, error, mean_psnr(images, bed.true_pictures), accuracy)
+
+
 def rows_of(bed: Bed, solvers: dict[str, Any], calls: Sequence[int], pictures: dict) -> Iterator[list[Any]]:
     """A row per solver: latent error and PSNR at each number of calls, judge at the fewest."""
-    judge, true_pictures = zoo.load_judge(), decode(bed, bed.reference)
-    pictures["reference"] = (true_pictures, None)
+    pictures["reference"] = (bed.true_pictures, None)
     for label, scheduler in solvers.items():
-        cells, scores = [], []
-        for n in calls:
-            latents, made = run(scheduler, bed, n)
-            images = decode(bed, latents)
-            error = (latents - bed.reference).pow(2).mean().sqrt().item()
-            psnr = mean_psnr(images, true_pictures)
-            note = "" if made == n else f", {made} calls"
-            cells.append(f"{error:.4f} ({psnr:.1f} dB{note})")
-            scores.append(judge.accuracy(images, bed.specs)["all"])
-            if n == calls[0]:
-                pictures[label] = (images, psnr)
-        yield [bed.name, label, *cells, f"{scores[0]:.1%}", f"{scores[-1]:.1%}"]
+        found = [outcome(scheduler, bed, n) for n in calls]
+        pictures[label] = (found[0].images, found[0].psnr)
+        made = ["" if o.calls == n else f", {o.calls} calls" for o, n in zip(found, calls)]
+        cells = [f"{o.error:.4f} ({o.psnr:.1f} dB{note})" for o, note in zip(found, made)]
+        yield [bed.name, label, *cells, f"{found[0].accuracy:.1%}", f"{found[-1].accuracy:.1%}"]
 
 
 def reference_row(bed: Bed, calls: Sequence[int]) -> list[Any]:
     """What the judge reads in the converged pictures."""
-    score = f"{zoo.load_judge().accuracy(decode(bed, bed.reference), bed.specs)['all']:.1%}"
+    score = f"{judge().accuracy(bed.true_pictures, bed.specs)['all']:.1%}"
     return [bed.name, "reference", *[""] * len(calls), score, score]
 
 

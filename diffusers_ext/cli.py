@@ -195,12 +195,51 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ValueError(f"--set is {text!r}; give NAME=VALUE, e.g. steps=8 or public.safetensors=mine.safetensors")
+    return name, value
+
+
 def _run(args: argparse.Namespace) -> int:
     from .comfy_client import run_workflow
 
     path, out = workflow_path(args.workflow), _writable(args.out)
-    pictures = run_workflow(path, url=args.url, comfyui=args.comfyui, output_dir=out)
+    values = dict(_pair(text) for text in args.set)
+    where = {"url": args.url, "comfyui": args.comfyui}
+    pictures = run_workflow(path, **where, output_dir=out, values=values, prompt=args.prompt)
     print("\n".join(str(path) for path in pictures))
+    return 0
+
+
+def _calibration_data(pipe: Any, args: argparse.Namespace) -> tuple[Any, list[str], str]:
+    """Pictures, captions and their name: a folder of the user, or scenes of the world the shipped models draw."""
+    from . import zoo
+    from .schedulers._ems import DATA
+    from .schedulers._pictures import read_captioned
+
+    count = args.latents or DATA
+    if args.data is not None:
+        return *read_captioned(pipe, args.data, args.size, count), Path(args.data).resolve().name
+    if args.model not in zoo.names():
+        raise ValueError(f"{args.model} is not a shipped model: give pictures with captions as --data FOLDER")
+    scenes = zoo.held_out(count)
+    return scenes.images, list(scenes.captions), "shapes held-out"
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from . import calibrate_ems, clean_latents
+    from .schedulers._ems import GRID
+
+    path = Path(args.file)
+    _writable(str(path.parent))
+    _quiet()
+    pipe = _load_model(args.model)
+    images, captions, dataset = _calibration_data(pipe, args)
+    options = {"num_grid": args.grid or GRID, "reduce": args.reduce, "estimator": args.estimator, "dataset": dataset}
+    calibrate_ems(pipe, clean_latents(pipe, images), captions, args.guidance_scale, **options).save(path)
+    print(path)
     return 0
 
 
@@ -208,8 +247,6 @@ def _bench(args: argparse.Namespace) -> int:
     script = _CHECKOUT / "benchmarks" / "run.py"
     if not script.is_file():
         raise ValueError(f"benchmarks are not part of the installed package: clone {REPOSITORY} and run it there")
-    if args.slug != "all":
-        get_method(args.slug)
     return runpy.run_path(str(script))["main"]([args.slug])
 
 
@@ -243,7 +280,29 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--comfyui", help="ComfyUI folder to start a server from")
     where.add_argument("--url", help="address of a running server, e.g. http://127.0.0.1:8188")
     sub.add_argument("--out", default="outputs", help="folder of the pictures (default: %(default)s)")
-    command("bench", _bench, "measure a method beside its peers").add_argument("slug", help="method, or all")
+    sub.add_argument("--prompt", help="text for the positive prompts")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace a value, such as a model file by yours, or set an input (steps, or KSampler.steps); repeatable",
+    )
+    sub = command("calibrate", _calibrate, "measure the statistics that DPM-Solver-v3 samples with")
+    sub.add_argument("model", help="shapes-unet | shapes-unet-eps | shapes-dit, or a folder saved by save_pretrained")
+    sub.add_argument("file", help="safetensors file to write")
+    sub.add_argument("--data", help="folder of pictures, each with a caption in a text file of the same name")
+    sub.add_argument("--size", type=int, help="side of the pictures in pixels (default: the model's)")
+    sub.add_argument("--latents", type=int, help="at most so many pictures, about 50 or more")
+    sub.add_argument("--guidance-scale", type=float, default=3.0, help="that of sampling (default: %(default)s)")
+    sub.add_argument("--grid", type=int, help="noise levels, minus one")
+    sub.add_argument(
+        "--reduce", default="scalar", help="a curve for all (scalar, default), per channel or per element"
+    )
+    sub.add_argument("--estimator", default="fd", help="differences (fd, default) or exact derivatives (jvp)")
+    command("bench", _bench, "measure a method beside its peers").add_argument(
+        "slug", help="method, solvers (all schedulers side by side), or all"
+    )
     return parser
 
 

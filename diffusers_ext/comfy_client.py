@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .comfy_graph import Graph, require_nodes, set_prompt, substitute, to_api
+from .comfy_graph import Graph, require_nodes, set_prompt, set_values, substitute, to_api
 
 
 DEFAULT_URL = "http://127.0.0.1:8188"
@@ -417,6 +417,7 @@ def run_workflow(
     comfyui: str | Path | None = None,
     output_dir: str | Path = "outputs",
     substitutions: Mapping[str, Any] | None = None,
+    values: Mapping[str, str] | None = None,
     prompt: str | None = None,
     timeout: float = 3600.0,
     progress: bool = True,
@@ -430,6 +431,7 @@ def run_workflow(
         output_dir: Folder that receives the pictures, named after the workflow.
         substitutions: Other model files or nodes, see `comfy_graph.substitute`; `comfy_graph.shapes_substitutions`
             runs a workflow on a shipped model.
+        values: Other model files and settings by name, see `comfy_graph.set_values`.
         prompt: Text for the positive prompts.
         timeout: Seconds after which the run is interrupted.
         progress: Show progress bars.
@@ -444,19 +446,24 @@ def run_workflow(
     workflow = _read_workflow(path)
     with _server_url(url, comfyui) as address:
         client = ComfyClient(address)
-        graph = _prepare(workflow, client.object_info(), substitutions, prompt)
+        graph = _prepare(workflow, client.object_info(), substitutions, values, prompt)
         with contextlib.closing(_Bars()) as bars:
             entry = client.run(graph, timeout=timeout, progress=bars if progress else None)
         return client.save_outputs(entry, output_dir, prefix=f"{path.stem}-")
 
 
 def _prepare(
-    workflow: Mapping[str, Any], info: Mapping[str, Any], substitutions: Mapping[str, Any] | None, prompt: str | None
+    workflow: Mapping[str, Any],
+    info: Mapping[str, Any],
+    substitutions: Mapping[str, Any] | None,
+    values: Mapping[str, str] | None,
+    prompt: str | None,
 ) -> Graph:
     try:
         graph = to_api(workflow, info)
         if substitutions:
             graph = substitute(graph, substitutions, info)
+        graph = set_values(graph, values or {})
         require_nodes((node["class_type"] for node in graph.values()), info)
     except ValueError as error:
         raise ComfyError(str(error)) from None

@@ -184,19 +184,11 @@ def _dpmpp(pipe: Any, settings: Settings) -> tuple[Any, str]:
     return scheduler, ""
 
 
-@torch.no_grad()
-def _clean_latents(pipe: Any, images: torch.Tensor) -> torch.Tensor:
-    """Latents of pictures as the scheduler sees them: scaled, and packed for the Flux layout."""
-    config = pipe.vae.config
-    latents = (pipe.vae.encode(images).latent_dist.mean - (config.shift_factor or 0)) * config.scaling_factor
-    return latents if hasattr(pipe, "unet") else pipe._pack_latents(latents, *latents.shape)
-
-
 def _dpm_v3(pipe: Any, settings: Settings) -> tuple[Any, str]:
     """DPM-Solver-v3 with statistics of the model, measured here on scenes that the demo does not draw."""
     scenes = zoo.scenes(settings.statistics, seed=1)
     scheduler = diffusers_ext.DPMSolverV3MultistepScheduler.from_config(pipe.scheduler.config)
-    latents = _clean_latents(pipe, scenes.images)
+    latents = diffusers_ext.clean_latents(pipe, scenes.images)
     options = {"num_grid": 6 * settings.few, "estimator": "fd", "progress": False}
     scheduler.load_ems(diffusers_ext.calibrate_ems(pipe, latents, scenes.captions, settings.guidance_scale, **options))
     return scheduler, "; statistics of the model measured once before, in {seconds:.0f} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from ..prediction import NoiseSchedule, Prediction, to_noise
 from ._common import guided_model
 from ._native import model_sampling_of, native_schedule
+from ._pictures import encode
 
 
 REDUCTIONS = ("element", "channel", "scalar")
@@ -297,7 +297,7 @@ def calibrate_ems(pipe, latents: torch.Tensor, prompts: Sequence[str], guidance_
         options: Of `compute_ems`; `reduce` is `"scalar"` unless given, which fifty latents are enough for.
 
     Example:
-        >>> ems = calibrate_ems(pipe, latents, captions, guidance_scale=3.0)
+        >>> ems = calibrate_ems(pipe, clean_latents(pipe, images), captions, guidance_scale=3.0)
         >>> pipe.scheduler.load_ems(ems)
     """
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
@@ -329,36 +329,14 @@ def native_ems(model: Callable, latents: torch.Tensor, extra_args: dict | None =
 
 
 @torch.no_grad()
-def shipped_latents(pipe, n: int) -> tuple[torch.Tensor, list[str]]:
-    """Latents and captions of held-out scenes for a pipeline of the zoo, packed if it is a Flux layout."""
-    from ..zoo import held_out
+def clean_latents(pipe, images) -> torch.Tensor:
+    """Latents of pictures as the scheduler of a pipeline sees them: scaled, and packed for the Flux layout.
 
-    scenes = held_out(n)
-    config = pipe.vae.config
-    latents = (pipe.vae.encode(scenes.images).latent_dist.mean - (config.shift_factor or 0)) * config.scaling_factor
-    if not hasattr(pipe, "unet"):
-        latents = pipe._pack_latents(latents, *latents.shape)
-    return latents, list(scenes.captions)
+    Args:
+        pipe: Stable Diffusion or Flux layout.
+        images: PIL pictures of one size, or a tensor `[n, 3, h, w]` in [-1, 1].
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m diffusers_ext.schedulers._ems shapes-unet ems.safetensors`: statistics of a shipped model."""
-    parser = argparse.ArgumentParser(description="Compute the statistics of a shipped model for DPM-Solver-v3.")
-    parser.add_argument("model", help="shapes-unet, shapes-unet-eps or shapes-dit")
-    parser.add_argument("out", type=Path, help="safetensors file to write")
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--latents", type=int, default=DATA)
-    parser.add_argument("--grid", type=int, default=GRID)
-    parser.add_argument("--reduce", choices=REDUCTIONS, default="scalar")
-    parser.add_argument("--estimator", choices=("jvp", "fd"), default="fd")
-    args = parser.parse_args(argv)
-    from ..zoo import load
-
-    pipe = load(args.model)
-    latents, captions = shipped_latents(pipe, args.latents)
-    options = {"num_grid": args.grid, "reduce": args.reduce, "estimator": args.estimator, "dataset": "shapes held-out"}
-    calibrate_ems(pipe, latents, captions, args.guidance_scale, **options).save(args.out)
-
-
-if __name__ == "__main__":
-    main()
+    Example:
+        >>> latents = clean_latents(pipe, images)
+    """
+    return encode(pipe, images)[0]

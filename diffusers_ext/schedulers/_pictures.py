@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 
@@ -43,3 +45,33 @@ def decode(pipe, latents: torch.Tensor, size: tuple[int, int]) -> list:
         latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
     latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
     return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0])
+
+
+def read_captioned(pipe, folder: str | Path, size: int | None = None, limit: int | None = None):
+    """Pictures `[n, 3, size, size]` in [-1, 1] and captions of a folder, cropped to squares a pipeline takes.
+
+    Args:
+        pipe: Stable Diffusion or Flux layout.
+        folder: Pictures (png, jpg, webp), each with its caption in a text file of the same name: `cat.jpg`, `cat.txt`.
+        size: Side in pixels; default that of the pipeline's own pictures.
+        limit: At most so many, in the order of their names.
+
+    Raises:
+        ValueError: No pictures there, or one without a caption.
+    """
+    from PIL import Image
+
+    paths = [p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    bare = [p.name for p in paths[:limit] if not p.with_suffix(".txt").is_file()]
+    if bare or not paths:
+        problem = f"{bare[0]} has no caption" if bare else f"there are no pictures in {folder}"
+        raise ValueError(f"{problem}: give png, jpg or webp files, each with a text file of the same name")
+    side = (
+        size or (pipe.default_sample_size if _is_flux(pipe) else pipe.unet.config.sample_size) * pipe.vae_scale_factor
+    )
+    images = []
+    for path in paths[:limit]:
+        with Image.open(path) as picture:
+            images.append(picture.convert("RGB"))
+    pixels = [pipe.image_processor.preprocess(i, side, side, resize_mode="crop") for i in images]
+    return torch.cat(pixels), [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in paths[:limit]]

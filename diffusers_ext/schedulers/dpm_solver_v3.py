@@ -18,11 +18,11 @@ import torch
 from ..prediction import NoiseSchedule, to_x0
 from ..registry import Claim, MethodRecord, register
 from ._common import NoiseLevelScheduler, require_choice, schedule_config
-from ._ems import EMS, calibrate_ems, compute_ems, log_snr_span
+from ._ems import EMS, calibrate_ems, clean_latents, compute_ems, log_snr_span
 from ._native import NativeRun
 
 
-__all__ = ["EMS", "DPMSolverV3MultistepScheduler", "calibrate_ems", "compute_ems"]
+__all__ = ["EMS", "DPMSolverV3MultistepScheduler", "calibrate_ems", "clean_latents", "compute_ems"]
 
 logger = logging.getLogger(__name__)
 SKIP_TYPES = ("logSNR", "time_uniform", "time_quadratic", "edm")

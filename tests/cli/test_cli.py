@@ -121,6 +121,46 @@ def test_run_without_comfyui_says_what_to_do(capsys, tmp_path):
     assert str(tmp_path) in err
 
 
+def test_settings_without_a_value_are_refused(capsys, tmp_path):
+    for text in ("steps", "=8"):
+        err = fails(capsys, "run", "deepcache", "--url", "http://127.0.0.1:9", "--out", str(tmp_path), "--set", text)
+        assert "NAME=VALUE" in err
+
+
+SMALL = ["--latents", "2", "--grid", "10"]
+
+
+def test_calibrate_writes_statistics_the_scheduler_takes(capsys, shapes_unet, tmp_path):
+    from diffusers_ext import EMS, DPMSolverV3MultistepScheduler
+
+    path = tmp_path / "new" / "ems.safetensors"
+    code, out, _ = run(capsys, "calibrate", "shapes-unet", str(path), *SMALL, "--guidance-scale", "2")
+    assert code == 0 and out == f"{path}\n"
+    ems = EMS.load(path)
+    assert len(ems.log_snr) == 11 and ems.metadata["guidance_scale"] == "2.0" and ems.metadata["num_data"] == "2"
+    DPMSolverV3MultistepScheduler.from_config(shapes_unet.scheduler.config).load_ems(path)
+
+
+def test_calibrate_on_own_pictures(capsys, shapes_unet, tmp_path):
+    """Pictures of any size, each with its caption, for a pipeline saved in a folder."""
+    from PIL import Image
+
+    from diffusers_ext import EMS
+
+    shapes_unet.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for name, size in (("a.png", (90, 70)), ("b.jpg", (64, 64))):
+        Image.new("RGB", size, "red").save(tmp_path / "data" / name)
+        (tmp_path / "data" / name).with_suffix(".txt").write_text("a red circle\n")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "ems.safetensors"), *SMALL]
+    assert "--data" in fails(capsys, "calibrate", *arguments)
+    assert run(capsys, "calibrate", *arguments, "--data", str(tmp_path / "data"))[0] == 0
+    assert EMS.load(tmp_path / "ems.safetensors").metadata["dataset"] == "data"
+    (tmp_path / "data" / "b.txt").unlink()
+    assert "b.jpg has no caption" in fails(capsys, "calibrate", *arguments, "--data", str(tmp_path / "data"))
+    assert "no pictures" in fails(capsys, "calibrate", *arguments, "--data", str(tmp_path / "model"))
+
+
 def test_bench_from_a_wheel_says_where_benchmarks_are(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_CHECKOUT", tmp_path)
     assert f"clone {cli.REPOSITORY}" in fails(capsys, "bench", "deepcache")

@@ -8,8 +8,10 @@ import threading
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
+from diffusers_ext import cli
 from diffusers_ext.comfy_client import ComfyClient, ComfyError, run_workflow, start_server
 from diffusers_ext.comfy_graph import to_api
 
@@ -66,6 +68,22 @@ def test_prompt_and_substitutions_reach_the_server(server, tmp_path):
     )
     assert plain[0].read_bytes() != other[0].read_bytes()
     assert len(fewer) == 1
+
+
+def test_the_command_line_changes_prompt_model_and_settings(server, tmp_path, capsys):
+    """Read back from the graph that ComfyUI writes into its pictures."""
+    changes = ["--prompt", "a small white ring", "--set", "shapes-unet=shapes-unet-eps", "--set", "batch_size=1"]
+    main = ["run", str(HELLO), "--url", server.url]
+    assert cli.main([*main, *changes, "--set", "KSampler.steps=4", "--out", str(tmp_path / "a")]) == 0
+    assert cli.main([*main, *changes, "--set", "KSampler.steps=5", "--out", str(tmp_path / "b")]) == 0
+    first, second = (Path(line) for line in capsys.readouterr().out.splitlines())
+    assert first.parent == tmp_path / "a" and first.read_bytes() != second.read_bytes()
+    graph = json.loads(PIL.Image.open(first).text["prompt"])
+    used = [(key, value) for node in graph.values() for key, value in node["inputs"].items()]
+    wanted = [("model", "shapes-unet-eps"), ("batch_size", 1), ("steps", 4), ("text", "a small white ring")]
+    assert all(pair in used for pair in wanted)
+    assert cli.main([*main, "--set", "shapes-unt=shapes-dit", "--out", str(tmp_path / "c")]) == 1
+    assert "unknown value 'shapes-unt'" in capsys.readouterr().err
 
 
 def test_an_unknown_node_type_is_named(server, tmp_path):
