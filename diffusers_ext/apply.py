@@ -159,6 +159,15 @@ def _conflict(config: MethodConfig, others: list[MethodConfig]) -> str | None:
     return None
 
 
+def _adopted(config: Any) -> Any:
+    """Configs of diffusers' own caches enter through an adapter; anything else stays as it is."""
+    if not type(config).__module__.startswith("diffusers.hooks."):
+        return config
+    from .caching._upstream import UpstreamCache
+
+    return UpstreamCache(config)
+
+
 def _checked(config: MethodConfig, target: Any, others: list[MethodConfig], steps: int | None) -> tuple[str, ...]:
     if not isinstance(config, MethodConfig) or not hasattr(config, "method"):
         raise TypeError(
@@ -176,7 +185,7 @@ def check(target: Any, *configs: MethodConfig, num_inference_steps: int | None =
 
     Args:
         target: Pipeline or model.
-        configs: Method configs, in the order they would be applied.
+        configs: Method configs, in the order they would be applied; those of diffusers' own caches too.
         num_inference_steps: Steps of the planned run; lets methods warn when it has too few to help.
 
     Returns:
@@ -187,6 +196,7 @@ def check(target: Any, *configs: MethodConfig, num_inference_steps: int | None =
     others = [c for c, _ in _active(denoiser_of(target))]
     for config in configs:
         try:
+            config = _adopted(config)
             warnings += _checked(config, target, others, num_inference_steps)
             others.append(config)
         except (ValueError, TypeError) as error:
@@ -199,7 +209,8 @@ def apply(target: Any, *configs: MethodConfig, num_inference_steps: int | None =
 
     Args:
         target: `DiffusionPipeline`, UNet or transformer.
-        configs: Method configs; applied in this order, removed in reverse.
+        configs: Method configs, and those of diffusers' own caches (`FirstBlockCacheConfig`, ...); applied in this
+            order, removed in reverse.
         num_inference_steps: Steps of the planned run, for the same warnings as `check`.
 
     Returns:
@@ -212,7 +223,7 @@ def apply(target: Any, *configs: MethodConfig, num_inference_steps: int | None =
     model = denoiser_of(target)
     handle = Applied(target, model)
     try:
-        for config in configs:
+        for config in map(_adopted, configs):
             others = [c for c, _ in _active(model)]
             for warning in _checked(config, target, others, num_inference_steps):
                 logger.warning(warning)

@@ -91,3 +91,14 @@ def register() -> None:
             pending[name] = action
     if pending and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport(pending))
+
+
+def describe_transformer_blocks() -> None:
+    """Tell diffusers' block caches where blocks that it left out return their hidden states. Safe to call again."""
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
+
+    try:
+        TransformerBlockRegistry.get(SanaTransformerBlock)
+    except ValueError:
+        TransformerBlockRegistry.register(SanaTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

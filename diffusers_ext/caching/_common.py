@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -127,6 +128,11 @@ class RunTracker(Generic[S]):
         """Timesteps of this run before the current one, whichever kind of call saw them."""
         return self._tick
 
+    @property
+    def time(self) -> float | None:
+        """Timestep of the current call as the denoiser got it, None before the first."""
+        return self._time
+
     def reset(self) -> None:
         """Forget the run."""
         self._contexts.clear()
@@ -243,8 +249,8 @@ def install(
 
     def undo() -> None:
         while done:
-            _unregister(done.pop(), name)
-        if not _stateful_hooks(model):
+            unregister(done.pop(), name)
+        if not stateful_hooks(model):
             model.__dict__.pop(_RESET, None)
         if hasattr(model, "_diffusers_hook"):
             model._diffusers_hook.invalidate_child_registries_cache()
@@ -263,7 +269,8 @@ def install(
     return undo
 
 
-def _unregister(module: torch.nn.Module, name: str) -> None:
+def unregister(module: torch.nn.Module, name: str) -> None:
+    """Take one hook off a module, whatever was registered after it; the last one leaves no trace."""
     registry: HookRegistry = module._diffusers_hook
     index = registry._hook_order.index(name)
     ours = registry._fn_refs[index]
@@ -272,21 +279,32 @@ def _unregister(module: torch.nn.Module, name: str) -> None:
     registry.remove_hook(name, recurse=False)
     if later is not None and later.original_forward is not None:
         # remove_hook() links the later hook past its own new_forward; keep that one and move its origin instead.
-        later.forward, later.original_forward = later_forward, ours.original_forward
+        origin = ours.forward if ours.original_forward is None else ours.original_forward
+        later.forward, later.original_forward = later_forward, origin
     if not registry.hooks:
         del module._diffusers_hook
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
 
 
-def _stateful_hooks(model: torch.nn.Module) -> list[str]:
+def stateful_hooks(model: torch.nn.Module) -> list[str]:
+    """Names of all hooks on a model that keep something between calls: the marks of an active cache."""
     registries = (m._diffusers_hook for m in model.modules() if hasattr(m, "_diffusers_hook"))
     return [name for registry in registries for name, hook in registry.hooks.items() if hook._is_stateful]
 
 
+def steps_of(target: Any) -> int | None:
+    """Steps of the run that a pipeline is about to start, from its scheduler; None for a model without one."""
+    scheduler = getattr(target, "scheduler", None)
+    if scheduler is None:
+        return None
+    left = len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+    return math.ceil(left / getattr(scheduler, "order", 1))
+
+
 def refuse_other_caches(model: torch.nn.Module) -> None:
     """Raise `ValueError` if a cache that is not ours is active on the model."""
-    foreign = sorted({name for name in _stateful_hooks(model) if not name.startswith(PREFIX)})
+    foreign = sorted({name for name in stateful_hooks(model) if not name.startswith(PREFIX)})
     if getattr(model, "is_cache_enabled", False) or foreign:
         active = type(getattr(model, "_cache_config", None)).__name__ if not foreign else ", ".join(foreign)
         raise ValueError(

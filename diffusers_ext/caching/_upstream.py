@@ -1,0 +1,557 @@
+"""diffusers' own caches behind `apply`: on every model and pipeline, one state per kind of call, never stale.
+
+The arithmetic stays upstream's. What is added: a cache context where the pipeline sets none, resets, a state per
+kind of call for the caches that keep only one, figures, and removal without a trace.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers import hooks as upstream
+from diffusers.hooks.hooks import CacheContext, HookFunctionReference, ModelHook, StateManager
+
+from ..apply import Attachment, MethodConfig, denoiser_of
+from ..eval.macs import macs_by_module
+from ..registration import describe_transformer_blocks
+from ..registry import MethodRecord
+from ._common import (
+    PREFIX,
+    Inputs,
+    Position,
+    RunHook,
+    RunTracker,
+    install,
+    map_tensors,
+    stateful_hooks,
+    tensors_in,
+    unregister,
+)
+
+
+logger = logging.getLogger(__name__)
+_HOOK = PREFIX + "upstream"
+_CONTROL = (
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "controlnet_states",
+)
+# What TaylorSeer hooks where its own patterns, which end in "attn", match nothing: PixArt, DiT, Sana, Wan, UNets.
+_ATTENTION = r"(.*\.)?(transformer_)?blocks\.\d+\.attn\d*"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One of diffusers' caches: how it is applied, and what it cannot do."""
+
+    slug: str
+    title: str
+    arxiv: str
+    apply: Callable[[torch.nn.Module, Any], None]
+    skips_blocks: bool = False
+    needs_time: bool = False
+
+    @functools.cached_property
+    def record(self) -> MethodRecord:
+        return MethodRecord(
+            slug=self.slug,
+            family="caching",
+            kind="cache",
+            title=self.title,
+            arxiv=self.arxiv,
+            summary=f"{self.title}, diffusers' own",
+            targets=("any",),
+            predictions=("epsilon", "v_prediction", "sample", "flow_prediction"),
+            nodes=(),
+            claim=None,  # not a method of this package
+        )
+
+
+_KINDS = {
+    upstream.FirstBlockCacheConfig: _Kind(
+        "first-block-cache", "First Block Cache", "2411.19108", upstream.apply_first_block_cache, skips_blocks=True
+    ),
+    upstream.TaylorSeerCacheConfig: _Kind(
+        "taylorseer-cache", "TaylorSeer", "2503.06923", upstream.apply_taylorseer_cache
+    ),
+    upstream.MagCacheConfig: _Kind("mag-cache", "MagCache", "2506.09045", upstream.apply_mag_cache, skips_blocks=True),
+    upstream.PyramidAttentionBroadcastConfig: _Kind(
+        "pyramid-attention-broadcast",
+        "Pyramid Attention Broadcast",
+        "2408.12588",
+        upstream.apply_pyramid_attention_broadcast,
+        needs_time=True,
+    ),
+    upstream.FasterCacheConfig: _Kind(
+        "faster-cache", "FasterCache", "2410.19355", upstream.apply_faster_cache, needs_time=True
+    ),
+    upstream.SeaCacheConfig: _Kind("sea-cache", "SeaCache", "2602.18993", upstream.apply_sea_cache, skips_blocks=True),
+}
+
+
+class _Probe:
+    """Stands in for the forward below one of diffusers' hooks and notes whether it ran, and on how large a batch."""
+
+    def __init__(self, forward: Callable, fill: tuple[int, Any] | None = None):
+        self.forward, self.fill = forward, fill
+        self.ran, self.batch = False, 0
+
+    def __call__(self, *args, **kwargs):
+        self.ran, self.batch = True, tensors_in([args, kwargs])[0].shape[0]
+        output = self.forward(*args, **kwargs)
+        if self.fill is None or not isinstance(output, tuple) or output[self.fill[0]] is not None:
+            return output
+        # The last block of SD3 returns no text, of which upstream would take a difference. Nobody reads it.
+        index, metadata = self.fill
+        text = metadata._get_parameter_from_args_kwargs("encoder_hidden_states", args, kwargs)
+        return tuple(text if i == index else item for i, item in enumerate(output))
+
+
+@dataclass
+class _Member:
+    """A module under one of diffusers' hooks."""
+
+    path: str
+    module: torch.nn.Module
+    hook: ModelHook
+    name: str
+    reference: HookFunctionReference
+    original: Callable | None = None
+    probe: _Probe | None = None
+
+    def watch(self) -> None:
+        """Put the probe below the hook."""
+        self.original = self.reference.original_forward
+        if self.original is None:
+            return
+        metadata = getattr(self.hook, "_metadata", None)
+        index = getattr(metadata, "return_encoder_hidden_states_index", None)
+        self.probe = _Probe(self.original, None if index is None else (index, metadata))
+        self.reference.original_forward = self.probe
+
+    def remove(self) -> None:
+        if self.probe is not None and self.reference.original_forward is self.probe:
+            self.reference.original_forward = self.probe.forward
+        unregister(self.module, self.name)
+
+
+def _hooked(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    for path, module in model.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for name in registry.hooks if registry else ():
+            yield path, module, name
+
+
+def _install(model: torch.nn.Module, config: Any, kind: _Kind) -> list[_Member]:
+    """Apply diffusers' cache; all or nothing.
+
+    Returns:
+        The modules it has hooked.
+    """
+    before = {(path, name) for path, _, name in _hooked(model)}
+    bare = [m for m in model.modules() if not hasattr(m, "_diffusers_hook")]
+    try:
+        kind.apply(model, config)
+    except BaseException as error:
+        _uninstall(_members(model, before), bare)
+        if isinstance(error, (IndexError, ValueError)):
+            raise ValueError(_unsupported(model, kind, str(error))) from error
+        raise
+    members = _members(model, before)
+    if all(member.module is model for member in members):
+        _uninstall(members, bare)
+        raise ValueError(_unsupported(model, kind, "none of its modules match"))
+    for member in members:
+        member.watch()
+    return members
+
+
+def _unsupported(model: torch.nn.Module, kind: _Kind, reason: str) -> str:
+    needs = "a list of at least two transformer blocks that diffusers knows" if kind.skips_blocks else "attention"
+    return (
+        f"{kind.title} cannot run on {type(model).__name__} ({reason}): it needs {needs}, as in Flux, SD3, PixArt, "
+        "DiT, Sana or Wan, or other patterns in its config. For a UNet use DeepCacheConfig"
+    )
+
+
+def _members(model: torch.nn.Module, before: set[tuple[str, str]]) -> list[_Member]:
+    members = []
+    for path, module, name in _hooked(model):
+        if (path, name) not in before:
+            registry = module._diffusers_hook
+            reference = registry._fn_refs[registry._hook_order.index(name)]
+            members.append(_Member(path, module, registry.hooks[name], name, reference))
+    return members
+
+
+def _uninstall(members: list[_Member], bare: list[torch.nn.Module]) -> None:
+    for member in reversed(members):
+        member.remove()
+    for module in bare:
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and not registry.hooks:
+            del module._diffusers_hook
+
+
+@dataclass
+class _Call:
+    """Of one kind of call: the name its states go by, and those that diffusers keeps on the hooks themselves."""
+
+    token: str
+    states: dict[int, Any] = field(default_factory=dict)
+
+
+class _Clock:
+    """Timestep in the scheduler's units, which diffusers' caches ask for. Infinite on a first call: nothing to reuse.
+
+    Args:
+        pipe: Pipeline whose scheduler counts, or a model.
+        given: The user's own callback.
+    """
+
+    def __init__(self, pipe: Any, given: Callable[[], float] | None):
+        self.pipe, self.given = pipe, given
+        self.now = math.inf
+        self.scale = 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    @property
+    def scheduler(self) -> Any:
+        return getattr(self.pipe, "scheduler", None)
+
+    def start(self, time: float) -> None:
+        """Flux and its like hand their model t / 1000: find out at the first call of a run."""
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        divided = timesteps is not None and len(timesteps) and time <= 1 < float(timesteps.max())
+        self.scale = float(self.scheduler.config.num_train_timesteps) if divided else 1.0
+
+    def tick(self, time: float, first: bool) -> None:
+        self.now = math.inf if first else float(self.given()) if self.given else time * self.scale
+
+    def coordinates(self, step: int, time: float) -> dict[str, Any]:
+        """Where a flow-matching run is, as SeaCache wants to know; empty for other schedulers."""
+        if not _is_flow(self.scheduler):
+            return {}
+        steps = len(self.scheduler.timesteps) - (self.scheduler.begin_index or 0)
+        sigma = min(1.0, time * self.scale / self.scheduler.config.num_train_timesteps)
+        return {"step_index": step, "sigma": sigma, "num_inference_steps": steps}
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = getattr(scheduler, "config", {})
+    return (
+        "FlowMatch" in type(scheduler).__name__
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
+
+
+class _OnMeta(torch.nn.Module):
+    """A model on the meta device, without copying its weights."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        meta = map_tensors(tensors, lambda t: torch.empty_like(t, device="meta"))
+        return torch.func.functional_call(self.model, meta, args, kwargs)
+
+
+class _RootHook(RunHook[_Call]):
+    """On the denoiser, around diffusers' own hooks: gives each kind of call its states and keeps count."""
+
+    def __init__(self, config: Any, kind: _Kind, members: list[_Member], clock: _Clock):
+        tokens = itertools.count()
+        super().__init__(RunTracker(lambda: _Call(f"{_HOOK}.{next(tokens)}")))
+        self.config, self.kind, self.members, self.clock = config, kind, members, clock
+        attributes = [value for member in members for value in vars(member.hook).values()]
+        self.managers = list({id(v): v for v in attributes if isinstance(v, StateManager)}.values())
+        self.holders = [member.hook for member in members if hasattr(member.hook, "state")]
+        self.probes = [member for member in members if member.probe is not None]
+        self.computed = self.reused = 0
+        self.executed: Counter[tuple[frozenset[str], float]] = Counter()
+        self.arguments: tuple[tuple, dict] | None = None
+        self.mag_ratios: list[list[float]] = []
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple, kwargs: dict) -> None:
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        self._require(arguments)
+        self.batch = Inputs.of(arguments).sample.shape[0]
+        super()._begin(args, kwargs)
+
+    def _require(self, arguments: dict[str, Any]) -> None:
+        """Refuse calls that diffusers' cache would get wrong."""
+        control = [name for name in _CONTROL if tensors_in(arguments.get(name))]
+        if control and (self.kind.skips_blocks or getattr(self.config, "use_lite_mode", False)):
+            raise ValueError(
+                f"{self.kind.title} skips blocks between which ControlNet adds its residuals ({control[0]}), which "
+                "would then count twice: use TaylorSeerCacheConfig or PyramidAttentionBroadcastConfig there"
+            )
+        if isinstance(self.config, upstream.FasterCacheConfig) and not self.config.is_guidance_distilled:
+            _require_guidance_batch(arguments)
+            if Inputs.of(arguments).sample.ndim == 4:
+                self.holders[0].tensor_format = "BCHW"
+
+    def begin_run(self, args: tuple, kwargs: dict) -> None:
+        self._reset_members()
+        self.computed = self.reused = 0
+        self.executed.clear()
+        self.mag_ratios = []
+        self.arguments = map_tensors((args, kwargs), lambda t: torch.empty_like(t, device="meta"))
+        self.clock.start(self.tracker.time)
+
+    def begin_call(self, position: Position[_Call]) -> None:
+        call, time = position.state, self.tracker.time
+        self.clock.tick(time, first=position.step == 0)
+        given = self.cache_context._context
+        context = replace(given or CacheContext(""), name=call.token)
+        if context.step_index is None:
+            context = replace(context, **self.clock.coordinates(self.tracker.run_step, time))
+        self.given_context = given
+        self._set_context(context)
+        for index, hook in enumerate(self.holders):
+            hook.state = call.states.setdefault(index, type(hook.state)())
+        for member in self.probes:
+            member.probe.ran = False
+        self._follow_calibration()
+
+    def _follow_calibration(self) -> None:
+        """Keep hold of the list that MagCache fills and then forgets."""
+        if getattr(self.config, "calibrate", False):
+            ratios = self.managers[0].get_state().calibration_ratios
+            if not any(ratios is known for known in self.mag_ratios):
+                self.mag_ratios.append(ratios)
+
+    def end_call(self) -> None:
+        self._set_context(self.given_context)
+        skipped = frozenset(member.path for member in self.probes if not member.probe.ran)
+        outermost = frozenset(p for p in skipped if not any(p.startswith(f"{other}.") for other in skipped))
+        whole = next((m.probe for m in self.probes if not m.path), None)
+        share = whole.batch / self.batch if whole else 1.0
+        reused = bool(outermost) or share < 1
+        self.reused += reused
+        self.computed += not reused
+        self.executed[outermost, share] += 1
+
+    def _set_context(self, context: CacheContext | None) -> None:
+        for manager in self.managers:
+            manager.set_context(context)
+
+    def _reset_members(self) -> None:
+        for member in self.members:
+            if member.hook._is_stateful:
+                member.hook.reset_state(member.module)
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self._reset_members()
+        return super().reset_state(module)
+
+    @contextmanager
+    def _bypassed(self) -> Iterator[None]:
+        """The model as if nothing were applied."""
+        kept = [(m.reference, m.reference.forward, m.reference.pre_forward) for m in self.members]
+        self.paused = True
+        for member in self.members:
+            if member.original is not None:
+                member.reference.forward = member.original
+            member.reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+        try:
+            yield
+        finally:
+            self.paused = False
+            for reference, forward, pre_forward in kept:
+                reference.forward, reference.pre_forward = forward, pre_forward
+
+    def figures(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Of the last run. MACs are left out for models that cannot run on the meta device (offloaded ones)."""
+        skipped = sum(len(paths) * count for (paths, _), count in self.executed.items())
+        figures = {"computed": self.computed, "reused": self.reused, "modules_skipped": skipped}
+        if self.mag_ratios:
+            figures["mag_ratios"] = [list(ratios) for ratios in self.mag_ratios]
+        if not self.computed + self.reused:
+            return figures
+        try:
+            with self._bypassed():
+                args, kwargs = map_tensors(self.arguments, torch.empty_like)
+                macs = macs_by_module(_OnMeta(model), *args, depth=99, **kwargs)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            logger.warning("%s: operations were not counted, %s", self.kind.slug, error)
+            return figures
+        whole = macs[""]
+        ran = sum(
+            count * share * (whole - sum(macs.get(f"model.{path}", 0) for path in paths))
+            for (paths, share), count in self.executed.items()
+        )
+        figures["macs_full_call"] = whole
+        figures["macs_saved"] = 1 - ran / (whole * (self.computed + self.reused))
+        return figures
+
+
+def _require_guidance_batch(arguments: dict[str, Any]) -> None:
+    sample = Inputs.of(arguments).sample
+    if sample.ndim < 4:
+        raise ValueError(
+            "FasterCache estimates the unconditional output from frequencies of a picture, but this model gets packed "
+            f"tokens {tuple(sample.shape)}: set is_guidance_distilled=True to reuse attention only"
+        )
+    if sample.shape[0] % 2:
+        raise ValueError(
+            f"FasterCache expects unconditional and conditional inputs together, got a batch of {sample.shape[0]}: "
+            "use guidance, or set is_guidance_distilled=True"
+        )
+    if tensors_in(arguments.get("added_cond_kwargs")):
+        raise ValueError(
+            "FasterCache cannot split added_cond_kwargs (sizes of PixArt's 1024 px models): set "
+            "is_guidance_distilled=True to reuse attention only"
+        )
+
+
+@dataclass(frozen=True)
+class UpstreamCache(MethodConfig):
+    """Makes a config of `diffusers.hooks` usable with `apply`, `check` and `remove`.
+
+    Args:
+        config: `FirstBlockCacheConfig`, `TaylorSeerCacheConfig`, `MagCacheConfig`, `PyramidAttentionBroadcastConfig`,
+            `FasterCacheConfig` or `SeaCacheConfig`.
+
+    Raises:
+        TypeError: Another class.
+    """
+
+    config: Any
+
+    def __post_init__(self) -> None:
+        if type(self.config) not in _KINDS:
+            known = ", ".join(kind.__name__ for kind in _KINDS)
+            raise TypeError(
+                f"{type(self.config).__name__} of diffusers is not a method config of apply(); accepted: {known}"
+            )
+
+    @property
+    def kind(self) -> _Kind:
+        return _KINDS[type(self.config)]
+
+    @property
+    def method(self) -> MethodRecord:  # type: ignore[override]
+        return self.kind.record
+
+    def check(self, target: Any, num_inference_steps: int | None = None) -> tuple[str, ...]:
+        model = denoiser_of(target)
+        active = sorted(set(stateful_hooks(model)))
+        if active or getattr(model, "is_cache_enabled", False):
+            raise ValueError(
+                f"{type(model).__name__} already has an active cache ({', '.join(active) or 'enable_cache'}): "
+                "remove it first (handle.remove() or model.disable_cache())"
+            )
+        self._require_time(target)
+        _require_signature(model)
+        self._require_layout(model)
+        bare = [m for m in model.modules() if not hasattr(m, "_diffusers_hook")]
+        _uninstall(_install(model, self._resolved(model, _Clock(target, None)), self.kind), bare)
+        return _warnings(self.config, self.kind, num_inference_steps) if num_inference_steps else ()
+
+    def attach(self, target: Any) -> Attachment:
+        model = denoiser_of(target)
+        bare = [m for m in model.modules() if not hasattr(m, "_diffusers_hook")]
+        clock = _Clock(target, getattr(self.config, "current_timestep_callback", None))
+        config = self._resolved(model, clock)
+        members = _install(model, config, self.kind)
+        try:
+            root = _RootHook(config, self.kind, members, clock)
+            undo = install(model, [(model, root)], _HOOK)
+        except BaseException:
+            _uninstall(members, bare)
+            raise
+
+        def remove() -> None:
+            root.reset_state(model)
+            root.paused = True
+            _uninstall(members, [])
+            undo()
+            _uninstall([], bare)
+
+        return Attachment(remove, lambda: root.figures(model))
+
+    def _resolved(self, model: torch.nn.Module, clock: _Clock) -> Any:
+        """A copy of the config, which diffusers completes in place, with what the model asks for."""
+        describe_transformer_blocks()
+        config = copy.copy(self.config)
+        if self.kind.needs_time:
+            config.current_timestep_callback = clock
+        if isinstance(config, upstream.FasterCacheConfig):
+            split = config._unconditional_conditional_input_kwargs_identifiers
+            config._unconditional_conditional_input_kwargs_identifiers = [*split, "pooled_projections"]
+        if isinstance(config, upstream.TaylorSeerCacheConfig) and not _names_of(config, model):
+            config.cache_identifiers = [_ATTENTION]
+        return config
+
+    def _require_time(self, target: Any) -> None:
+        given = getattr(self.config, "current_timestep_callback", None)
+        scheduler = getattr(target, "scheduler", None)
+        if self.kind.needs_time and given is None and scheduler is None:
+            raise ValueError(
+                f"{self.kind.title} needs to know the timestep: apply it to the pipeline, or set "
+                "current_timestep_callback"
+            )
+        if isinstance(self.config, upstream.SeaCacheConfig) and scheduler is not None and not _is_flow(scheduler):
+            raise ValueError(f"SeaCache needs a flow-matching scheduler, this is a {type(scheduler).__name__}")
+
+    def _require_layout(self, model: torch.nn.Module) -> None:
+        name = type(model).__name__
+        if getattr(self.config, "use_lite_mode", False) and not hasattr(model, "proj_out"):
+            raise ValueError(f"TaylorSeer's lite mode predicts the output of proj_out, which {name} does not have")
+        splits = isinstance(self.config, upstream.FasterCacheConfig) and not self.config.is_guidance_distilled
+        if splits and name == "DiTTransformer2DModel":
+            raise ValueError(
+                "FasterCache takes the second half of the batch for the conditional one, DiT's is the first: set "
+                "is_guidance_distilled=True to reuse attention only"
+            )
+
+
+def _names_of(config: Any, model: torch.nn.Module) -> bool:
+    """Does TaylorSeer have patterns that match something here?"""
+    if config.use_lite_mode or config.cache_identifiers or config.skip_predict_identifiers:
+        return True
+    return any(path.endswith("attn") and "blocks" in path.split(".")[0] for path, _ in model.named_modules())
+
+
+def _require_signature(model: torch.nn.Module) -> None:
+    names = inspect.signature(model.forward).parameters
+    if "timestep" not in names or not {"sample", "hidden_states"} & set(names):
+        raise ValueError(
+            f"{type(model).__name__} takes no `hidden_states` and `timestep`, by which runs are told apart: use "
+            "diffusers' own enable_cache() with it"
+        )
+
+
+def _warnings(config: Any, kind: _Kind, steps: int) -> tuple[str, ...]:
+    """What a run of `steps` steps will not get out of the cache."""
+    idle = steps < 2
+    if isinstance(config, upstream.TaylorSeerCacheConfig):
+        idle = idle or steps <= config.disable_cache_before_step or config.cache_interval == 1
+    elif isinstance(config, upstream.SeaCacheConfig):
+        idle = idle or steps <= config.retention_steps + config.cache_end_steps
+    found = [f"{kind.slug}: none of {steps} steps can be reused"] if idle else []
+    if isinstance(config, upstream.MagCacheConfig) and steps != config.num_inference_steps:
+        found.append(
+            f"mag-cache: num_inference_steps of its config is {config.num_inference_steps}, the run has {steps}: its "
+            "ratios belong to other steps"
+        )
+    return tuple(found)
