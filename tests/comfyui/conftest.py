@@ -161,15 +161,16 @@ def picture_flaw():
 
 @pytest.fixture
 def sample_analytic(comfy, native_pipe, monkeypatch):
-    """`sample_analytic(sampler, sigmas, noise, mixture, model=...)` -> latents from ComfyUI's own sampling code.
+    """`sample_analytic(sampler, sigmas, noise, mixture, model=..., latent=None)` -> latents of ComfyUI's own code.
 
-    `model` is a shipped model's name or a MODEL; its network is replaced by the exact denoiser of `mixture`.
+    `model` is a shipped model's name or a MODEL; its network is replaced by the exact denoiser of `mixture`. `latent`
+    is the picture to begin with, empty by default.
     """
     import torch
 
     from diffusers_ext.zoo.analytic import comfy_denoiser
 
-    def run(sampler, sigmas, noise, mixture, model="shapes-unet"):
+    def run(sampler, sigmas, noise, mixture, model="shapes-unet", latent=None):
         model = (native_pipe(model)[0] if isinstance(model, str) else model).clone()
         flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
         denoise = comfy_denoiser(mixture, flow)
@@ -178,6 +179,67 @@ def sample_analytic(comfy, native_pipe, monkeypatch):
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds([[torch.zeros(1, 20, 128), {"pooled_output": torch.zeros(1, 128)}]], [])
         guider.set_cfg(1.0)
-        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas)
+        return guider.sample(noise, torch.zeros_like(noise) if latent is None else latent, sampler, sigmas)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def mixture():
+    """Three Gaussians of latent shape, the data of the parity tests."""
+    import torch
+
+    from diffusers_ext.zoo.analytic import GaussianMixture
+
+    return GaussianMixture(torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)), variances=0.1)
+
+
+@pytest.fixture
+def scheduler_of(native_pipe):
+    """`scheduler_of(make, name, **options)` -> a scheduler with exactly the noise levels of a ComfyUI model.
+
+    (diffusers multiplies betas up in float32.) It takes `shapes-dit` for flow matching and the others for epsilon.
+    """
+    from diffusers_ext.schedulers._native import native_schedule
+
+    def build(make, name, **options):
+        scheduler = make(prediction_type="flow_prediction" if name == "shapes-dit" else "epsilon", **options)
+        scheduler.noise_schedule = native_schedule(native_pipe(name)[0].get_model_object("model_sampling"))
+        return scheduler
+
+    return build
+
+
+@pytest.fixture
+def solved(mixture):
+    """`solved(scheduler, noise)` -> latents of a scheduler with its timesteps set, on the denoiser of `mixture`."""
+    from diffusers_ext.prediction import from_x0
+
+    def run(scheduler, noise):
+        x, prediction = noise, scheduler.config.prediction_type
+        for (alpha, sigma), t in zip(scheduler._levels, scheduler.timesteps):
+            inputs = scheduler.scale_model_input(x, t)
+            output = from_x0(mixture.denoise(inputs, alpha, sigma), inputs.double(), alpha, sigma, prediction)
+            x = scheduler.step(output.to(x.dtype), t, x).prev_sample
+        return x
+
+    return run
+
+
+@pytest.fixture
+def parity_gap(native_pipe, sample_analytic, mixture, solved):
+    """`parity_gap(sampler, scheduler, name, steps)` -> largest difference of both doors on equal noise levels."""
+    import torch
+
+    def gap(sampler, scheduler, name, steps):
+        sampling = native_pipe(name)[0].get_model_object("model_sampling")
+        top, bottom = (1.0, 0.03) if name == "shapes-dit" else (14.6, float(sampling.sigmas[0]))
+        sigmas = torch.cat([torch.linspace(top**0.3, bottom**0.3, steps) ** (1 / 0.3), torch.zeros(1)])
+        sigmas[0] = top
+        scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
+        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        native = sample_analytic(sampler, sigmas, noise, mixture, name)
+        # ComfyUI adds sigma * noise below its noisiest level
+        return (native - solved(scheduler, noise * scheduler._levels[0][1])).abs().max().item()
+
+    return gap
