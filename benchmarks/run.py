@@ -1,6 +1,7 @@
 """`python benchmarks/run.py <slug|all>`: measure a method beside its peers and file the result.
 
-`benchmarks/<kind>.py` holds `bench(record, out_dir) -> dict` for every method of that kind:
+`benchmarks/<kind>.py` holds `bench(record, out_dir) -> dict` for every method of that kind, `benchmarks/<module>.py`
+for one that this comparison does not fit:
 
     {"columns": [...], "rows": [[...], ...], "notes": "...", "picture": Path}
 
@@ -31,15 +32,16 @@ FIELDS = {"columns", "rows", "notes", "picture"}
 
 def measure(record: MethodRecord) -> dict:
     """Run one benchmark and file its result; nothing is written unless all of it succeeded."""
-    script = ROOT / "benchmarks" / f"{record.kind}.py"
-    if not script.is_file():
-        raise ValueError(f"no benchmark for methods of kind {record.kind!r}: write {script.relative_to(ROOT)}")
-    bench = importlib.import_module(f"benchmarks.{record.kind}").bench
+    own = record.module.rpartition(".")[2]
+    name = own if (ROOT / "benchmarks" / f"{own}.py").is_file() else record.kind
+    if not (ROOT / "benchmarks" / f"{name}.py").is_file():
+        raise ValueError(f"no benchmark for methods of kind {name!r}: write benchmarks/{name}.py")
+    bench = importlib.import_module(f"benchmarks.{name}").bench
     with tempfile.TemporaryDirectory() as folder:
         result = bench(record, Path(folder))
         missing = FIELDS - set(result)
         if missing:
-            raise ValueError(f"{script.name} returned no {', '.join(sorted(missing))} for {record.slug}")
+            raise ValueError(f"{name}.py returned no {', '.join(sorted(missing))} for {record.slug}")
         PICTURES.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(result["picture"], PICTURES / f"{record.slug}.png")
     kept = {key: result[key] for key in ("columns", "rows", "notes")}

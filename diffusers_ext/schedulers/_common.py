@@ -292,13 +292,7 @@ class NoiseLevelScheduler(SchedulerMixin, ConfigMixin):
 
     def _require_finite(self) -> None:
         """Raise `RuntimeError` if a model output of this run was NaN or infinite, naming the step."""
-        flags = torch.isfinite(torch.stack(self._sums)).tolist()
-        if not all(flags):
-            step = self._step_index - len(flags) + flags.index(False) + 1
-            raise RuntimeError(
-                f"the model returned NaN or infinity at step {step} of {self.num_inference_steps}: try a higher "
-                "precision or a lower guidance scale"
-            )
+        require_finite(self._sums, self._step_index, self.num_inference_steps)
 
     def index_for_timestep(self, timestep) -> int:
         """Index of the first occurrence of `timestep` in the run (the nearest one if it does not occur)."""
@@ -314,6 +308,23 @@ class NoiseLevelScheduler(SchedulerMixin, ConfigMixin):
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """`add_noise` with the argument order that flow-matching pipelines use."""
         return self.add_noise(sample, noise, timestep)
+
+
+def require_finite(sums: Sequence[torch.Tensor], done: int, steps: int) -> None:
+    """Raise `RuntimeError` naming the step whose model output has a sum that is NaN or infinite.
+
+    Args:
+        sums: Sums of the model outputs of the last steps, 0-dimensional.
+        done: Number of steps made.
+        steps: Steps of the whole run.
+    """
+    flags = torch.isfinite(torch.stack(list(sums))).tolist()
+    if not all(flags):
+        step = done - len(flags) + flags.index(False) + 1
+        raise RuntimeError(
+            f"the model returned NaN or infinity at step {step} of {steps}: try a higher precision or a lower "
+            "guidance scale"
+        )
 
 
 def combine(weights: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
