@@ -1,13 +1,14 @@
 """Caches: what a setting saves (operations, time) and what it costs (difference to the uncached run, judge's score).
 
-Everything in one process: the uncached run, each setting, and for UNets the published `DeepCache` helper beside it.
+Everything in one process: the uncached run, each setting, and beside it the published `DeepCache` helper for UNets or
+diffusers' own first-block cache for transformers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,8 @@ from diffusers_ext.registry import MethodRecord
 
 
 INTERVALS = (2, 3, 5)
-STEPS = 50
-PICTURES = 32
+RATIOS = (0.75, 0.5, 0.25)
+THRESHOLDS = (0.1, 0.2, 0.4)
 TIMED_PICTURES = 4
 COLUMNS = ["Model", "Setting", "MACs", "Time", "PSNR to uncached", "Judge: all attributes"]
 
@@ -36,11 +37,26 @@ class Setting:
     turned_on: Callable[[Any], AbstractContextManager]
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn: transformers are measured at the 20 steps their papers report."""
+
+    steps: int
+    pictures: int
+    timed_steps: int
+
+    @classmethod
+    def of(cls, record: MethodRecord) -> Size:
+        return cls(50, 32, 25) if "unet" in record.targets else cls(20, 16, 20)
+
+
 def _configs(record: MethodRecord) -> dict[str, Any]:
-    """Three strengths, weakest first: by interval where the method has one, else its default alone."""
+    """Three strengths, weakest first: by interval or by share of the tokens where the method has one."""
     fields = record.public.__dataclass_fields__
     if "cache_interval" in fields:
         return {f"N = {n}": record.public(cache_interval=n) for n in INTERVALS}
+    if "sample_ratio" in fields:
+        return {f"{ratio:.0%} of the tokens": record.public(sample_ratio=ratio) for ratio in RATIOS}
     return {"default": record.public()}
 
 
@@ -58,6 +74,18 @@ def _helper(pipe: Any, interval: int) -> Iterator[None]:
         helper.disable()
 
 
+@contextmanager
+def _first_block(pipe: Any, threshold: float) -> Iterator[None]:
+    """diffusers' own first-block cache, the peer of transformer caches."""
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    try:
+        yield
+    finally:
+        pipe.transformer.disable_cache()
+
+
 def settings_of(record: MethodRecord) -> list[Setting]:
     """All rows of a method: its own settings, then its peers'."""
     rows = [
@@ -66,6 +94,12 @@ def settings_of(record: MethodRecord) -> list[Setting]:
     ]
     if record.slug == "deepcache":
         rows += [Setting(f"N = {n}, PyPI DeepCache 0.1.1", lambda pipe, n=n: _helper(pipe, n)) for n in INTERVALS]
+    if record.slug == "delta-dit":
+        config = record.public(span_order="front_then_rear")
+        rows.append(Setting("N = 2, front then rear", lambda pipe: diffusers_ext.apply(pipe, config)))
+    if "unet" not in record.targets:
+        peer = "diffusers FirstBlockCache"
+        rows += [Setting(f"{peer}, threshold {x}", lambda pipe, x=x: _first_block(pipe, x)) for x in THRESHOLDS]
     return rows
 
 
@@ -99,22 +133,23 @@ def _denoise_only(pipe: Any, captions: list[str], steps: int) -> Callable[[], An
 
 def zoo_rows(record: MethodRecord, pictures: dict[str, torch.Tensor]) -> Iterator[list[Any]]:
     """Rows on the trained shapes model; pictures of the method's own settings are put into `pictures`."""
-    pipe, scenes, judge = _zoo_pipeline(record), zoo.held_out(PICTURES), zoo.load_judge()
+    size = Size.of(record)
+    pipe, scenes, judge = _zoo_pipeline(record), zoo.held_out(size.pictures), zoo.load_judge()
     name = "shapes-unet" if "unet" in record.targets else "shapes-dit"
 
     def draw() -> torch.Tensor:
-        return zoo.generate(pipe, scenes.captions, num_inference_steps=STEPS)
+        return zoo.generate(pipe, scenes.captions, num_inference_steps=size.steps)
 
     def judged(images: torch.Tensor) -> str:
         return f"{judge.accuracy(images, scenes.specs)['all']:.1%}"
 
     reference = pictures["uncached"] = draw()
     yield [name, "uncached", "1", "1", "", judged(reference)]
-    short = _denoise_only(pipe, list(scenes.captions[:TIMED_PICTURES]), STEPS // 2)
+    short = _denoise_only(pipe, list(scenes.captions[:TIMED_PICTURES]), size.timed_steps)
     for setting in settings_of(record):
         with setting.turned_on(pipe):
             images = draw()
-        if "PyPI" not in setting.name:
+        if setting.name in _configs(record):
             pictures[setting.name] = images
         macs = _ratio_of_macs(short, lambda s=setting: s.turned_on(pipe))
         timing = _time_ratio(short, lambda s=setting: s.turned_on(pipe), pairs=3)
@@ -134,7 +169,7 @@ def _stable_diffusion(device: str) -> tuple[Any, Callable[[], None]]:
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False)
         latents, text = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
     pipe = SimpleNamespace(unet=unet, scheduler=DDIMScheduler())
-    pipe.scheduler.set_timesteps(STEPS)
+    pipe.scheduler.set_timesteps(50)
     timesteps = iter(pipe.scheduler.timesteps)
 
     @torch.no_grad()
@@ -163,6 +198,41 @@ def real_size_rows(record: MethodRecord) -> Iterator[list[Any]]:
             name = setting.name.replace("N = 2", f"N = {n}")
             macs, seconds = ((1 + (n - 1) * share) / n for share in (shallow / full, timing.ratio))
             yield ["SD 1.5 size, random weights", name, f"{macs:.3f}", f"{seconds:.3f}", "", ""]
+
+
+def _pixart(device: str) -> tuple[Any, Callable[[], None]]:
+    """PixArt-alpha's transformer with random weights, and a call of it with guidance on 128 x 128 latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+
+    with torch.device(device):
+        model = PixArtTransformer2DModel(sample_size=128, caption_channels=4096, use_additional_conditions=False)
+        latents, text = torch.randn(2, 4, 128, 128), torch.randn(2, 120, 4096)
+    model.eval().requires_grad_(False)
+    # Caches read the timestep, which has no value on the meta device: it gets there inside of the model.
+    model.adaln_single.register_forward_pre_hook(lambda _, args: (args[0].to(device), *args[1:]))
+    pipe = SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.scheduler.set_timesteps(20)
+    timesteps = iter(pipe.scheduler.timesteps)
+
+    @torch.no_grad()
+    def call() -> None:
+        model(latents, text, timestep=next(timesteps).expand(2), return_dict=False)
+
+    return pipe, call
+
+
+def transformer_rows(record: MethodRecord) -> Iterator[list[Any]]:
+    """MACs on a transformer of PixArt-alpha's size: every call of a run of 20 steps, on the meta device."""
+
+    def macs(turned_on: Callable[[Any], AbstractContextManager]) -> int:
+        pipe, call = _pixart("meta")
+        with turned_on(pipe):
+            return sum(count_macs(call) for _ in pipe.scheduler.timesteps)
+
+    plain = macs(nullcontext)
+    for name, config in _configs(record).items():
+        share = macs(lambda pipe, config=config: diffusers_ext.apply(pipe, config)) / plain
+        yield ["PixArt-alpha size, random weights", name, f"{share:.3f}", "", "", ""]
 
 
 def _grid(pictures: dict[str, torch.Tensor], path: Path, count: int = 6) -> Path:
@@ -195,11 +265,12 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
         `columns`, `rows`, `notes` and `picture`, as `benchmarks/run.py` expects.
     """
     pictures: dict[str, torch.Tensor] = {}
+    size = Size.of(record)
     rows = list(zoo_rows(record, pictures))
     notes = (
-        f"Shapes model: {PICTURES} held-out captions, {STEPS} steps, guidance 3; MACs and time of whole pipeline "
-        f"calls with {TIMED_PICTURES} pictures and {STEPS // 2} steps. MACs and Time are shares of the uncached run; "
-        "time is processor time, the median of interleaved pairs with their smallest and largest."
+        f"Shapes model: {size.pictures} held-out captions, {size.steps} steps, guidance 3; MACs and time of whole "
+        f"pipeline calls with {TIMED_PICTURES} pictures and {size.timed_steps} steps. MACs and Time are shares of the "
+        "uncached run; time is processor time, the median of interleaved pairs with their smallest and largest."
     )
     if "unet" in record.targets:
         rows += real_size_rows(record)
@@ -207,5 +278,8 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
             " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1, UNet calls only; one full and one "
             "shallow call measured after a warm-up of both, intervals computed from them."
         )
+    else:
+        rows += transformer_rows(record)
+        notes += " PixArt-alpha size: random weights, 128 x 128 latents with guidance, transformer calls of 20 steps."
     picture = _grid(pictures, out_dir / f"{record.slug}.png")
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": picture}

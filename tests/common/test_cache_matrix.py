@@ -1,0 +1,417 @@
+"""Every registered cache on tiny models of every layout it names, in every situation that could leave it stale.
+
+A run is a plain loop over a scheduler, so that resets must come from the cache itself, as in a user's own loop.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+
+import diffusers_ext
+from diffusers_ext.registry import list_methods
+
+
+STEPS = 10
+SIZE = 8
+TEXT = 8
+
+
+def _dit():
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=4,
+        sample_size=SIZE,
+        num_embeds_ada_norm=9,
+    )
+
+
+def _pixart():
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        cross_attention_dim=16,
+        sample_size=SIZE,
+        caption_channels=TEXT,
+        use_additional_conditions=False,
+    )
+
+
+def _sd3():
+    return SD3Transformer2DModel(
+        sample_size=SIZE,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT,
+        caption_projection_dim=16,
+        pooled_projection_dim=TEXT,
+        pos_embed_max_size=2 * SIZE,
+        qk_norm="rms_norm",
+    )
+
+
+def _flux():
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT,
+        pooled_projection_dim=TEXT,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
+def _unet():
+    return UNet2DConditionModel(
+        sample_size=SIZE,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=TEXT,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+BUILDERS = {"unet": _unet, "dit": _dit, "pixart": _pixart, "sd3": _sd3, "flux": _flux}
+LAYOUTS = {"unet": ("unet",), "dit": ("dit", "pixart"), "mmdit": ("sd3", "flux"), "any": tuple(BUILDERS)}
+CASES = [
+    (record, layout)
+    for record in list_methods(kind="cache")
+    for layout in dict.fromkeys(n for t in record.targets for n in LAYOUTS.get(t, ()))
+]
+
+
+def _build(layout):
+    torch.manual_seed(0)
+    model = BUILDERS[layout]().eval().requires_grad_(False)
+    for parameter in model.parameters():  # adaLN-zero and zero output layers would hide every block
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+def _conditions(layout, batch, words=5, seed=1):
+    """Keyword arguments of a call; the same objects for every step of a run, as in a pipeline."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(batch, words, TEXT, generator=generator)
+    if layout == "dit":
+        return {"class_labels": torch.randint(0, 9, (batch,), generator=generator)}
+    if layout in ("unet", "pixart"):
+        return {"encoder_hidden_states": text}
+    return {"encoder_hidden_states": text, "pooled_projections": torch.randn(batch, TEXT, generator=generator)}
+
+
+def _call(layout, model, x, t, conditions, **extra):
+    """Velocity of latents [B, 4, H, W], whatever the model calls its inputs."""
+    if layout == "unet":
+        return model(x, t, return_dict=False, **conditions, **extra)[0]
+    if layout != "flux":
+        return model(x, timestep=t.expand(len(x)), return_dict=False, **conditions, **extra)[0]
+    b, c, h, w = x.shape
+    tokens = x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+    ids = torch.stack(
+        torch.meshgrid(torch.zeros(1), torch.arange(h // 2.0), torch.arange(w // 2.0), indexing="ij"), -1
+    )
+    out = model(
+        tokens,
+        timestep=t.expand(b) / 1000,
+        img_ids=ids.view(-1, 3),
+        txt_ids=torch.zeros(conditions["encoder_hidden_states"].shape[1], 3),
+        return_dict=False,
+        **conditions,
+        **extra,
+    )[0]
+    return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def _noise(batch, height, width):
+    return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(2))
+
+
+def run(target, layout, batch=2, height=SIZE, width=SIZE, words=5, steps=STEPS, start=0, stop=None, predict=None):
+    """Latents after a plain sampling loop from step `start`; `stop` breaks off before that step."""
+    conditions = _conditions(layout, batch, words)
+    predict = predict or (lambda x, t: _call(layout, target.transformer, x, t, conditions))
+    scheduler = target.scheduler
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(start)
+    x = _noise(batch, height, width).to(target.transformer.dtype)
+    with torch.no_grad():
+        for index, t in enumerate(scheduler.timesteps[start:]):
+            if index == stop:
+                break
+            x = scheduler.step(predict(x, t), t, x).prev_sample
+    return x
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].slug}-{case[1]}")
+def case(request):
+    record, layout = request.param
+    return record, layout, _build(layout)
+
+
+def _fresh(case, **settings):
+    """A run on a model that has never run anything else under this cache."""
+    record, layout, target = case
+    with diffusers_ext.apply(target, record.public()):
+        return run(target, layout, **settings)
+
+
+def test_there_is_a_case_for_every_cache():
+    assert {record.slug for record, _ in CASES} == {record.slug for record in list_methods(kind="cache")}
+
+
+def test_it_reuses_and_comes_off(case):
+    record, layout, target = case
+    plain = run(target, layout)
+    with diffusers_ext.apply(target, record.public()) as handle:
+        cached = run(target, layout)
+        figures = handle.summary()[record.slug]
+    assert figures["reused"] > 0 and figures["computed"] > 0 and figures["macs_saved"] > 0
+    assert torch.isfinite(cached).all() and not torch.equal(cached, plain)
+    assert torch.equal(run(target, layout), plain)
+
+
+SETTINGS = [
+    {},
+    {"batch": 1},
+    {"height": 12, "width": 12},
+    {"words": 3},
+    {"steps": 12},
+    {"start": 3},
+    {},
+]
+
+
+def test_runs_of_different_layouts_in_a_row(case):
+    """Batch, size, prompt length, number of steps, image-to-image starts: each as if it ran alone."""
+    record, layout, target = case
+    alone = [_fresh(case, **setting) for setting in SETTINGS]
+    with diffusers_ext.apply(target, record.public()):
+        for setting, expected in zip(SETTINGS, alone):
+            assert torch.equal(run(target, layout, **setting), expected), setting
+
+
+def test_another_dtype(case):
+    record, layout, target = case
+    clean = _fresh(case)
+    with diffusers_ext.apply(target, record.public()):
+        run(target, layout, stop=6)
+        target.transformer.to(torch.bfloat16)
+        conditions = {k: v.bfloat16() if v.is_floating_point() else v for k, v in _conditions(layout, 2).items()}
+        half = run(target, layout, predict=lambda x, t: _call(layout, target.transformer, x, t, conditions))
+        assert half.dtype == torch.bfloat16 and torch.isfinite(half).all()
+    assert clean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("how", ["between steps", "inside the model"])
+def test_an_interrupted_run_leaves_nothing_behind(case, how):
+    record, layout, target = case
+    clean = _fresh(case)
+    with diffusers_ext.apply(target, record.public()):
+        if how == "between steps":
+            run(target, layout, stop=6, steps=STEPS + 1)
+        else:
+            calls = []
+
+            def fail(*_):
+                calls.append(1)
+                if len(calls) == 6:
+                    raise KeyboardInterrupt
+
+            last = [m for m in target.transformer.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))][-1]
+            handle = last.register_forward_hook(fail)
+            with pytest.raises(KeyboardInterrupt):
+                run(target, layout)
+            handle.remove()
+        assert torch.equal(run(target, layout), clean)
+
+
+def test_guidance_in_turn_equals_guidance_in_one_batch(case):
+    record, layout, target = case
+    model = target.transformer
+    both = _conditions(layout, 2)
+    first, second = ({k: v[i : i + 1].clone() for k, v in both.items()} for i in range(2))
+
+    def split(x, t):
+        u, c = _call(layout, model, x, t, first), _call(layout, model, x, t, second)
+        return u + 2 * (c - u)
+
+    def batched(x, t):
+        u, c = _call(layout, model, torch.cat([x, x]), t, both).chunk(2)
+        return u + 2 * (c - u)
+
+    results = []
+    for predict in (split, batched):
+        with diffusers_ext.apply(target, record.public()):
+            results.append(run(target, layout, batch=1, predict=predict))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_an_extra_call_per_step_does_not_disturb(case):
+    """Perturbed or layer-skipping guidance: a second call at each step, with the prompt of the first."""
+    record, layout, target = case
+    clean = _fresh(case)
+    conditions = _conditions(layout, 2)
+
+    def predict(x, t):
+        out = _call(layout, target.transformer, x, t, conditions)
+        _call(layout, target.transformer, 0.5 * x, t, conditions)
+        return out
+
+    with diffusers_ext.apply(target, record.public()):
+        assert torch.equal(run(target, layout, predict=predict), clean)
+
+
+def test_two_evaluations_per_step(case):
+    """Heun: supported and repeatable, or refused before the run."""
+    record, layout, target = case
+    target.scheduler = FlowMatchHeunDiscreteScheduler()
+    preflight = diffusers_ext.check(target, record.public())
+    if not preflight.ok:
+        assert "FlowMatchHeunDiscreteScheduler" in preflight.errors[0]
+        return
+    with diffusers_ext.apply(target, record.public()) as handle:
+        first = run(target, layout, steps=8)
+        figures = handle.summary()[record.slug]
+        assert figures["reused"] > 0 and figures["computed"] + figures["reused"] == 15
+        assert torch.equal(run(target, layout, steps=8), first)
+
+
+def _lora(target):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_v"]), target.transformer)
+    for index, (name, parameter) in enumerate(sorted(target.transformer.named_parameters())):
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(index))
+
+
+def test_lora_before_and_after(case):
+    record, layout, target = case
+    plain = _fresh(case)
+    with diffusers_ext.apply(target, record.public()):
+        _lora(target)
+        after = run(target, layout)
+    before = _fresh(case)
+    assert torch.equal(before, after) and not torch.equal(before, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["compile", "apply"])
+def test_compiled(case, first):
+    record, layout, target = case
+    expected = _fresh(case)
+    torch._dynamo.reset()
+    model = target.transformer
+    conditions = _conditions(layout, 2)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    if first == "compile":
+        target.transformer = torch.compile(model, backend=backend)
+        handle = diffusers_ext.apply(target, record.public())
+    else:
+        handle = diffusers_ext.apply(target, record.public())
+        target.transformer = torch.compile(model, backend=backend)
+    compiled = target.transformer
+    result = run(target, layout, predict=lambda x, t: _call(layout, compiled, x, t, conditions))
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    assert graphs and handle.summary()[record.slug]["reused"] > 0
+    handle.remove()
+    torch._dynamo.reset()
+
+
+def _residuals(layout, batch):
+    """ControlNet residuals in the arguments of each layout that takes them."""
+    generator = torch.Generator().manual_seed(4)
+    tokens = [0.5 * torch.randn(batch, SIZE * SIZE // 4, 16, generator=generator) for _ in range(2)]
+    if layout == "flux":
+        return {"controlnet_block_samples": tokens, "controlnet_single_block_samples": tokens}
+    if layout == "sd3":
+        return {"block_controlnet_hidden_states": tokens}
+    shapes = [(8, SIZE), (8, SIZE), (8, SIZE // 2), (16, SIZE // 2)]
+    down = [0.5 * torch.randn(batch, c, s, s, generator=generator) for c, s in shapes]
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": down[-1]}
+
+
+def _still(case, **extra):
+    """Outputs with and without the cache of a run whose input does not move and whose time hardly does."""
+    record, layout, target = case
+    scheduler, x, conditions = target.scheduler, _noise(2, SIZE, SIZE), _conditions(layout, 2)
+    scheduler.set_timesteps(STEPS)
+    times = torch.linspace(500, 499.99, STEPS)
+    with torch.no_grad():
+        plain = _call(layout, target.transformer, x, times[0], conditions, **extra)
+        with diffusers_ext.apply(target, record.public()) as handle:
+            outputs = []
+            for t, real in zip(times, scheduler.timesteps):
+                outputs.append(_call(layout, target.transformer, x, t, conditions, **extra))
+                scheduler.step(outputs[-1], real, x)
+            assert handle.summary()[record.slug]["reused"] > 0
+    return plain, outputs
+
+
+def test_an_input_that_does_not_move(case):
+    """What is reused is what would have been computed."""
+    plain, outputs = _still(case)
+    for out in outputs:
+        torch.testing.assert_close(out, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_control_residuals_count_once(case):
+    record, layout, target = case
+    if layout in ("dit", "pixart"):
+        pytest.skip("no ControlNet of diffusers feeds this transformer")
+    residuals = _residuals(layout, 2)
+    plain, outputs = _still(case, **residuals)
+    assert not torch.allclose(plain, _still(case)[0], atol=1e-2)
+    for out in outputs:
+        torch.testing.assert_close(out, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_image_prompts(case):
+    """IP-Adapter: its attention processors and embeddings survive a cache, on and off."""
+    record, layout, target = case
+    if layout != "flux":
+        pytest.skip("covered on the Flux layout, whose processor takes image prompts without further modules")
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    torch.manual_seed(5)
+    model = target.transformer
+    model.set_attn_processor(
+        {
+            name: p if "single" in name else FluxIPAdapterAttnProcessor(16, 16).requires_grad_(False)
+            for name, p in model.attn_processors.items()
+        }
+    )
+    image = {"joint_attention_kwargs": {"ip_hidden_states": [torch.randn(2, 4, 16)]}}
+    plain, outputs = _still(case, **image)
+    for out in outputs:
+        torch.testing.assert_close(out, plain, atol=1e-3, rtol=1e-3)
