@@ -335,16 +335,26 @@ def combine(weights: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.
     return total
 
 
-def clean_and_noise(output: torch.Tensor, x: torch.Tensor, level: tuple, prediction: str):
-    """`(clean sample, noise)` from a model output at `level` = (alpha, sigma), floats; see `prediction.to_x0`."""
+def clean_sample(output: torch.Tensor, x: torch.Tensor, level: tuple, prediction: str) -> torch.Tensor:
+    """Clean sample from a model output at `level` = (alpha, sigma), floats; see `prediction.to_x0`."""
     alpha, sigma = level
     if prediction == "epsilon":
-        return combine((1 / alpha, -sigma / alpha), (x, output)), output
-    if prediction == "sample":
-        return output, combine((1 / sigma, -alpha / sigma), (x, output))
+        return combine((1 / alpha, -sigma / alpha), (x, output))
     if prediction == "v_prediction":
-        return combine((alpha, -sigma), (x, output)), combine((sigma, alpha), (x, output))
-    return torch.sub(x, output, alpha=sigma), torch.add(x, output, alpha=alpha)
+        return combine((alpha, -sigma), (x, output))
+    return output if prediction == "sample" else torch.sub(x, output, alpha=sigma)
+
+
+def clean_and_noise(output: torch.Tensor, x: torch.Tensor, level: tuple, prediction: str):
+    """`(clean sample, noise)` from a model output at `level` = (alpha, sigma), floats; see `prediction.to_noise`."""
+    clean, (alpha, sigma) = clean_sample(output, x, level, prediction), level
+    if prediction == "epsilon":
+        return clean, output
+    if prediction == "sample":
+        return clean, combine((1 / sigma, -alpha / sigma), (x, output))
+    if prediction == "v_prediction":
+        return clean, combine((sigma, alpha), (x, output))
+    return clean, torch.add(x, output, alpha=alpha)
 
 
 def _translate(config):

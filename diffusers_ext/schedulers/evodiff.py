@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..prediction import NoiseSchedule, to_x0, vp_from_ve
+from ..prediction import NoiseSchedule, vp_from_ve
 from ..registry import Claim, MethodRecord, register
-from ._common import NoiseLevelScheduler, require_choice, schedule_config
+from ._common import NoiseLevelScheduler, clean_sample, require_choice, schedule_config
 from ._native import NativeRun
 from .dpm_solver_v3 import SKIP_TYPES, skip_nodes
 
@@ -35,7 +35,7 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def projection(ab: torch.Tensor, bb: torch.Tensor) -> torch.Tensor:
     """<a, b> / <b, b>, limited to [-2, 2]."""
-    return (ab / bb.clamp(min=_TINY)).clamp(-2, 2)
+    return torch.div(ab, bb.clamp(min=_TINY)).clamp(-2, 2)
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,22 @@ class Interval:
 
     def euler(self, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         """DDIM step, E."""
-        return torch.add(self.keep * x, m, alpha=self.gain)
+        return torch.mul(x, self.keep).add_(m, alpha=self.gain)
 
     def balance(self, ab: torch.Tensor, bb: torch.Tensor) -> torch.Tensor:
         """c: how much of the older prediction is taken off the newer one."""
-        return (1 - self.w) * self.base + self.w * projection(ab, bb)
+        return projection(ab, bb).mul_(self.w).add_((1 - self.w) * self.base)
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A step whose probe is being evaluated: Euler part, probe, D1, r_i and the step's numbers."""
+    """A step whose probe is being evaluated: Euler part, probe, D1, its weight in the probe and the step's numbers."""
 
     step: Interval
     euler: torch.Tensor
     probe: torch.Tensor
     d1: torch.Tensor
-    r_i: torch.Tensor
+    weight: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -96,30 +96,32 @@ def make_probe(step: Interval, history: History, x: torch.Tensor) -> Pending:
     """Where the model is asked next (steps 3 to 5)."""
     c1 = step.balance(history.a01, history.a11)
     d1 = torch.addcmul(history.m0, c1, history.m1, value=-1)
-    r_i = (torch.sigmoid(0.25 * c1.abs()) * step.r).clamp(0.25 * step.r, 1.5 * step.r)
+    share = c1.abs().mul_(0.25).sigmoid().clamp(0.25, 1.5)  # r_i by r
+    weight = share.reciprocal() * (0.5 * step.gain / step.r)
     euler = step.euler(x, history.m0)
-    return Pending(step, euler, torch.addcmul(euler, 0.5 * step.gain / r_i, d1), d1, r_i)
+    return Pending(step, euler, torch.addcmul(euler, weight, d1), d1, weight)
 
 
 def finish(pending: Pending, history: History, mt: torch.Tensor, at0: torch.Tensor, steps: int) -> torch.Tensor:
     """The sample at the probe's node, now that the prediction `mt` at the probe is known (steps 7 to 10).
 
-    Everything is a combination of D1 and D2 per channel, so three dot products give all projections.
+    Everything is a combination of D1 and D2 per channel, so three dot products give all projections. With
+    B_pre = D1 / (r h) and B_next = r / h D2 the projection of step 8 does not change when both are divided by r / h.
     """
-    step, d1, r_i = pending.step, pending.d1, pending.r_i
+    step, d1 = pending.step, pending.d1
     d2 = torch.addcmul(mt, step.balance(at0, history.a00), history.m0, value=-1)
     d11, d12, d22 = dot(d1, d1), dot(d1, d2), dot(d2, d2)
-    before, after = 1 / (step.r * step.h), step.r / step.h  # B_pre = before D1, B_next = after D2
-    difference = after**2 * d22 - 2 * after * before * d12 + before**2 * d11
-    eta = 0.5 * torch.sigmoid(0.5 * projection(after**2 * d22 - before**2 * d11, difference).abs())
-    u, v = -eta / step.r, (1 - eta) * step.r  # B_theta = u D1 + v D2
-    along = 0.5 * step.gain / r_i * (d11 - (u * d11 + v * d12))  # <P1, D1>
-    z = (projection(along, d11) / step.gain).abs() - 0.5
+    ratio, older = step.r**-2, d11 * step.r**-4
+    difference = torch.add(d22, older).sub_(d12, alpha=2 * ratio)
+    eta = projection(torch.sub(d22, older), difference).abs().mul_(0.5).sigmoid() * 0.5
+    u, v = eta * (-1 / step.r), eta.mul(-step.r).add_(step.r)  # B_theta = u D1 + v D2
+    along = torch.addcmul(d11, u, d11, value=-1).addcmul_(v, d12, value=-1) * pending.weight  # <P1, D1>
+    z = projection(along, d11).div(step.gain).abs().sub_(0.5)
     if steps > _MANY_STEPS:
         g = (history.m0 - history.m1) / step.h
         z = -z * torch.sigmoid(projection(dot(history.m0, g), dot(g, g)) * (2 - step.keep**2))
-    scale = 0.5 * step.gain / torch.sigmoid(z)
-    return torch.addcmul(torch.addcmul(pending.euler, scale * u, d1), scale * v, d2)
+    scale = z.sigmoid().reciprocal() * (0.5 * step.gain)
+    return torch.addcmul(pending.euler, u * scale, d1).addcmul_(v * scale, d2)
 
 
 def final_step(step: Interval, history: History, x: torch.Tensor, sigmas: tuple[float, float]) -> torch.Tensor:
@@ -159,11 +161,12 @@ class Solver:
         if i == self.steps:
             return m, History()
         if history.m0 is not None and self.levels[i] != self.levels[history.node0]:
-            history = replace(history, m1=history.m0, node1=history.node0, a11=history.a00, a01=a01)
-        elif history.m1 is not None:  # a repeated node says nothing about a difference: it replaces the newest
-            history = replace(history, a01=dot(m, history.m1))
-        history = replace(history, m0=m, node0=i, a00=a00, pending=None)
-        return self._leave(history, x, i)
+            kept = (history.m0, history.node0, history.a00, a01)
+        else:  # a repeated node says nothing about a difference: it replaces the newest
+            a01 = None if history.m1 is None else dot(m, history.m1)
+            kept = (history.m1, history.node1, history.a11, a01)
+        m1, node1, a11, a01 = kept
+        return self._leave(History(m, m1, i, node1, a00, a11, a01), x, i)
 
     def _leave(self, history: History, x: torch.Tensor, i: int) -> tuple[torch.Tensor, History]:
         step, last = self.interval(history.node1, i, i + 1), i + 1 == self.steps
@@ -313,6 +316,6 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
         self._history = History()
 
     def _advance(self, i: int, output: torch.Tensor, x: torch.Tensor, generator) -> torch.Tensor:
-        m = to_x0(output, x, *self._levels[i], self.config.prediction_type)
+        m = clean_sample(output, x, self._levels[i], self.config.prediction_type)
         after, self._history = self._solver.advance(self._history, x, m, i)
         return after

@@ -188,6 +188,25 @@ def test_bad_input(make, message):
         make()
 
 
+def test_gradients_flow_through_a_run():
+    """For guidance by a loss on the result: no operation overwrites what the backward pass needs."""
+    scheduler = EVODiffMultistepScheduler()
+    scheduler.set_timesteps(6)
+    start = noise(2, 2).reshape(1, 2, 2, 1).requires_grad_()
+    x = start
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(x), t, x).prev_sample
+    (gradient,) = torch.autograd.grad(x.square().sum(), start)
+    moved = start.detach().clone()
+    moved[0, 0, 0, 0] += 1e-6
+    y = moved
+    scheduler.set_timesteps(6)
+    for t in scheduler.timesteps:
+        y = scheduler.step(torch.tanh(y), t, y).prev_sample
+    change = (y.square().sum() - x.square().sum()).item() / 1e-6
+    assert gradient[0, 0, 0, 0].item() == pytest.approx(change, rel=1e-3)
+
+
 def test_pipeline_reloads_bit_equal(shapes_unet, tmp_path):
     shapes_unet.scheduler = EVODiffMultistepScheduler.from_config(shapes_unet.scheduler.config, skip_type="edm")
     shapes_unet.save_pretrained(tmp_path)
