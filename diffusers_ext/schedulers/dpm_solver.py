@@ -16,7 +16,7 @@ import torch
 
 from ..prediction import NoiseSchedule
 from ..registry import Claim, MethodRecord, register
-from ._common import NoiseLevelScheduler, clean_and_noise, combine, require_choice, schedule_config
+from ._common import NoiseLevelScheduler, clean_and_noise, clean_sample, combine, require_choice, schedule_config
 from ._native import NativeRun
 
 
@@ -117,46 +117,61 @@ def coefficients(s: Level, t: Level, data: bool) -> tuple[float, float, float, f
     return t.alpha / s.alpha, -t.sigma * p1, -t.sigma * p2, -t.sigma * (p2 / h - 0.5)
 
 
-def first_order(x: torch.Tensor, m: torch.Tensor, s: Level, t: Level, data: bool) -> torch.Tensor:
-    """DDIM from s to t, whichever of the two the network predicts."""
-    return combine(coefficients(s, t, data)[:2], (x, m))
+def anchor(x: torch.Tensor, m: torch.Tensor, s: Level, data: bool) -> torch.Tensor:
+    """What the steps below start from: the sample x at s (data form), or the clean sample there (noise form).
+
+    In the noise form a x + k1 m is alpha_t x0 + sigma_t m. Near pure noise x and k1 m are some ten times larger than
+    their sum, which float32 would round away. `m` is the network's output at s.
+    """
+    return x if data else combine((1 / s.alpha, -s.sigma / s.alpha), (x, m))
 
 
-def second_order(x, m, m1, s: Level, t: Level, r1: float, data: bool, solver_type: str) -> torch.Tensor:
+def ends(s: Level, t: Level, data: bool) -> tuple[float, float]:
+    """First-order weights of `anchor` and of the network output at s."""
+    return coefficients(s, t, data)[:2] if data else (t.alpha, t.sigma)
+
+
+def first_order(base: torch.Tensor, m: torch.Tensor, s: Level, t: Level, data: bool) -> torch.Tensor:
+    """DDIM from s to t, whichever of the two the network predicts; `base` is the `anchor` of s."""
+    return combine(ends(s, t, data), (base, m))
+
+
+def second_order(base, m, m1, s: Level, t: Level, r1: float, data: bool, solver_type: str) -> torch.Tensor:
     """Two evaluations, at lambda_s and lambda_s + r1 h; r1 < 0 is the previous step's, as in multistep 2M."""
-    a, k1, k2, _ = coefficients(s, t, data)
-    return combine((a, k1, (k1 / 2 if solver_type == "dpmsolver" else k2) / r1), (x, m, m1 - m))
+    _, k1, k2, _ = coefficients(s, t, data)
+    return combine((*ends(s, t, data), (k1 / 2 if solver_type == "dpmsolver" else k2) / r1), (base, m, m1 - m))
 
 
-def third_order_inner(x, m, m1, s: Level, s2: Level, r1: float, r2: float, data: bool) -> torch.Tensor:
+def third_order_inner(base, m, m1, s: Level, s2: Level, r1: float, r2: float, data: bool) -> torch.Tensor:
     """The sample at lambda_s + r2 h, where the third evaluation is made."""
-    a, k1, k2, _ = coefficients(s, s2, data)
-    return combine((a, k1, r2 / r1 * k2), (x, m, m1 - m))
+    k2 = coefficients(s, s2, data)[2]
+    return combine((*ends(s, s2, data), r2 / r1 * k2), (base, m, m1 - m))
 
 
-def third_order(x, m, m1, m2, s: Level, t: Level, r1: float, r2: float, data: bool, solver_type: str):
+def third_order(base, m, m1, m2, s: Level, t: Level, r1: float, r2: float, data: bool, solver_type: str):
     """Three evaluations, at lambda_s, lambda_s + r1 h and lambda_s + r2 h."""
-    a, k1, k2, k3 = coefficients(s, t, data)
+    _, _, k2, k3 = coefficients(s, t, data)
     if solver_type == "dpmsolver":
-        return combine((a, k1, k2 / r2), (x, m, m2 - m))
+        return combine((*ends(s, t, data), k2 / r2), (base, m, m2 - m))
     # D1 = (r2 D10 - r1 D11) / (r2 - r1), D2 = 2 (D11 - D10) / (r2 - r1)
     of_d10, of_d11 = (r2 * k2 - 2 * k3) / (r2 - r1), (2 * k3 - r1 * k2) / (r2 - r1)
-    return combine((a, k1, of_d10 / r1, of_d11 / r2), (x, m, m1 - m, m2 - m))
+    return combine((*ends(s, t, data), of_d10 / r1, of_d11 / r2), (base, m, m1 - m, m2 - m))
 
 
-def third_order_multistep(x, m0, m1, m2, s: Level, t: Level, r0: float, r1: float, data: bool, exact: bool):
+def third_order_multistep(base, m0, m1, m2, s: Level, t: Level, r0: float, r1: float, data: bool, exact: bool):
     """Multistep 3M: r0, r1 are the last two steps over h. `exact` doubles D2, without which it is second order."""
-    a, k1, k2, k3 = coefficients(s, t, data)
+    _, _, k2, k3 = coefficients(s, t, data)
     # D1 = D10 + r0 / (r0 + r1) (D10 - D11), D2 = (D10 - D11) / (r0 + r1)
     of_difference = (r0 * k2 + (2 * k3 if exact else k3)) / (r0 + r1)
-    return combine((a, k1, (k2 + of_difference) / r0, -of_difference / r1), (x, m0, m0 - m1, m1 - m2))
+    weights = (*ends(s, t, data), (k2 + of_difference) / r0, -of_difference / r1)
+    return combine(weights, (base, m0, m0 - m1, m1 - m2))
 
 
-def single_stage(x, outputs: Sequence, levels: Sequence[Level], data: bool, solver_type: str) -> torch.Tensor:
+def single_stage(base, outputs: Sequence, levels: Sequence[Level], data: bool, solver_type: str) -> torch.Tensor:
     """The sample wanted next inside, or at the end of, a single step of order `len(levels) - 1`.
 
     Args:
-        x: Sample at `levels[0]`.
+        base: `anchor` of `levels[0]`.
         outputs: Network outputs so far in this step, 1 to order of them.
         levels: Of the evaluations of the step, then its end.
     """
@@ -164,18 +179,19 @@ def single_stage(x, outputs: Sequence, levels: Sequence[Level], data: bool, solv
     order, done, h = len(levels) - 1, len(outputs), levels[-1].log_snr - levels[0].log_snr
     r = [(v.log_snr - s.log_snr) / h for v in levels[1:-1]]
     if done == 1:
-        return first_order(x, outputs[0], s, levels[1], data)
+        return first_order(base, outputs[0], s, levels[1], data)
     if order == 2:
-        return second_order(x, *outputs, s, t, r[0], data, solver_type)
+        return second_order(base, *outputs, s, t, r[0], data, solver_type)
     if done == 2:
-        return third_order_inner(x, *outputs, s, levels[2], *r, data)
-    return third_order(x, *outputs, s, t, *r, data, solver_type)
+        return third_order_inner(base, *outputs, s, levels[2], *r, data)
+    return third_order(base, *outputs, s, t, *r, data, solver_type)
 
 
-def multi_step(x, outputs: Sequence, levels: Sequence[Level], t: Level, order: int, data, solver_type, exact):
+def multi_step(base, outputs: Sequence, levels: Sequence[Level], t: Level, order: int, data, solver_type, exact):
     """A multistep update.
 
     Args:
+        base: `anchor` of `levels[0]`.
         outputs, levels: Last network outputs and their levels, newest first; those at equal levels are not used.
         t: Level to go to.
         order: Highest order.
@@ -184,10 +200,10 @@ def multi_step(x, outputs: Sequence, levels: Sequence[Level], t: Level, order: i
     gaps = [a.log_snr - b.log_snr for a, b in zip(levels, levels[1:])]
     order = min(order, 1 + next((i for i, gap in enumerate(gaps) if gap <= 0), len(gaps)))
     if order == 1 or h in (0, math.inf):
-        return first_order(x, outputs[0], s, t, data)
+        return first_order(base, outputs[0], s, t, data)
     if order == 2:
-        return second_order(x, *outputs[:2], s, t, -gaps[0] / h, data, solver_type)
-    return third_order_multistep(x, *outputs[:3], s, t, gaps[0] / h, gaps[1] / h, data, exact)
+        return second_order(base, *outputs[:2], s, t, -gaps[0] / h, data, solver_type)
+    return third_order_multistep(base, *outputs[:3], s, t, gaps[0] / h, gaps[1] / h, data, exact)
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
@@ -270,13 +286,13 @@ def sample_dpm_solver_fast(
         log_snr = [*np.concatenate(parts).tolist(), outer[-1], *[math.inf] * clean]
     bounds = step_bounds(log_snr, [*orders, *[1] * clean])
     levels = [Level(*run.level(run.sigma_at(v))) for v in log_snr]
-    data, start, outputs = algorithm_type == "dpmsolver++", x, []
+    data, base, outputs = algorithm_type == "dpmsolver++", x, []
     for i, (first, end) in enumerate(bounds):
         eps, x0 = run.noise(x, levels[i].sigma)
         run.report(i, x, x0)
-        start, outputs = (x, []) if i == first else (start, outputs)
+        base, outputs = (x if data else x0, []) if i == first else (base, outputs)
         outputs.append(x0 if data else eps)
-        x = single_stage(start, outputs, levels[first : end + 1], data, solver_type)
+        x = single_stage(base, outputs, levels[first : end + 1], data, solver_type)
     return run.finish(x)
 
 
@@ -387,20 +403,21 @@ class DPMSolverFastScheduler(NoiseLevelScheduler):
 
     def _advance(self, i, output, x, generator):
         c, data = self.config, self.config.algorithm_type == "dpmsolver++"
-        m = clean_and_noise(output, x, self._levels[i], c.prediction_type)[0 if data else 1]
+        seen = (output, x, self._levels[i], c.prediction_type)
+        base, m = (x, clean_sample(*seen)) if data else clean_and_noise(*seen)
         if c.method == "multistep":
             self._outputs = [m, *self._outputs[: c.order - 1]]
             left = self.num_inference_steps - i
             order = min(c.order, left) if c.lower_order_final and self.num_inference_steps < 10 else c.order
             past = self._nodes[i - len(self._outputs) + 1 : i + 1][::-1]
             return multi_step(
-                x, self._outputs, past, self._nodes[i + 1], order, data, c.solver_type, c.exact_third_order
+                base, self._outputs, past, self._nodes[i + 1], order, data, c.solver_type, c.exact_third_order
             )
         first, end = self._bounds[i]
         if i == first:
-            self._start = x
+            self._base = base
         elif not self._outputs:  # the run began inside a step
-            return first_order(x, m, self._nodes[i], self._nodes[i + 1], data)
+            return first_order(base, m, self._nodes[i], self._nodes[i + 1], data)
         outputs = [*self._outputs, m]
         self._outputs = [] if i + 1 == end else outputs
-        return single_stage(self._start, outputs, self._nodes[first : end + 1], data, c.solver_type)
+        return single_stage(self._base, outputs, self._nodes[first : end + 1], data, c.solver_type)

@@ -16,7 +16,7 @@ from ..prediction import NoiseSchedule, Prediction, to_noise, to_x0
 from ._common import guided_model
 from ._native import NativeRun
 from ._pictures import decode, starting_noise
-from .dpm_solver import _FLOW_ENDS, Level, LogAlphaClock, _check, first_order, second_order, single_stage
+from .dpm_solver import _FLOW_ENDS, Level, LogAlphaClock, _check, anchor, first_order, second_order, single_stage
 
 
 __all__ = ["AdaptiveOutput", "DPMSolverAdaptiveSampler", "adaptive_sample"]
@@ -51,13 +51,14 @@ def attempt(predict: Callable, levels: Callable, x, log_snr: float, h: float, or
         h: Step in lambda.
     """
     fractions = {2: (0, 1 / 2, 1), 3: (0, 1 / 3, 2 / 3, 1)}[order]
-    nodes, outputs, y = [levels(log_snr + r * h) for r in fractions], [], x
+    nodes, outputs, y, base = [levels(log_snr + r * h) for r in fractions], [], x, x
     for level in nodes[:-1]:
         outputs.append(predict(y, level))
-        y = single_stage(x, outputs, nodes, data, solver_type)
+        base = anchor(x, outputs[0], nodes[0], data) if level is nodes[0] else base
+        y = single_stage(base, outputs, nodes, data, solver_type)
     if order == 2:
-        return y, first_order(x, outputs[0], nodes[0], nodes[-1], data)
-    return y, second_order(x, outputs[0], outputs[1], nodes[0], nodes[-1], 1 / 3, data, solver_type)
+        return y, first_order(base, outputs[0], nodes[0], nodes[-1], data)
+    return y, second_order(base, outputs[0], outputs[1], nodes[0], nodes[-1], 1 / 3, data, solver_type)
 
 
 def error_ratio(high: torch.Tensor, low: torch.Tensor, before: torch.Tensor, atol: float, rtol: float) -> float:

@@ -20,6 +20,7 @@ from diffusers_ext.schedulers.dpm_solver import (
     DPMSolverFastScheduler,
     Level,
     LogAlphaClock,
+    anchor,
     fast_orders,
     fast_plan,
     multi_step,
@@ -64,7 +65,7 @@ def run_single(order, steps, data, solver_type):
         levels, outputs, y = [vp(v) for v in np.linspace(low, high, order + 1)], [], x
         for level in levels[:-1]:
             outputs.append(network(y, level, data))
-            y = single_stage(x, outputs, levels, data, solver_type)
+            y = single_stage(anchor(x, outputs[0], levels[0], data), outputs, levels, data, solver_type)
         x = y
     return x
 
@@ -74,7 +75,9 @@ def run_multi(order, steps, data, solver_type, exact_third=False):
     for i in range(steps):
         outputs = [network(x, levels[i], data), *outputs[: order - 1]]
         past = levels[i - len(outputs) + 1 : i + 1][::-1]
-        x = multi_step(x, outputs, past, levels[i + 1], order, data, solver_type, exact_third)
+        x = multi_step(
+            anchor(x, outputs[0], levels[i], data), outputs, past, levels[i + 1], order, data, solver_type, exact_third
+        )
     return x
 
 
@@ -111,7 +114,17 @@ def test_forms_and_types_agree_where_they_must():
     eps, x0 = network(x, s, False), network(x, s, True)
     ddim = t.alpha * x0 + t.sigma * eps
     for data, m in ((True, x0), (False, eps)):
-        torch.testing.assert_close(single_stage(x, [m], [s, t], data, "taylor"), ddim, rtol=1e-13, atol=1e-13)
+        stage = single_stage(anchor(x, m, s, data), [m], [s, t], data, "taylor")
+        torch.testing.assert_close(stage, ddim, rtol=1e-13, atol=1e-13)
+
+
+def test_the_noise_form_is_the_published_one():
+    """alpha_t / alpha_s x - sigma_t (e^h - 1) eps (eq. 3.7), which `anchor` rewrites for float32."""
+    s, t, x = vp(-1.0), vp(0.5), start()
+    eps = network(x, s, False)
+    published = t.alpha / s.alpha * x - t.sigma * np.expm1(1.5) * eps
+    ours = single_stage(anchor(x, eps, s, False), [eps], [s, t], False, "dpmsolver")
+    torch.testing.assert_close(ours, published, rtol=1e-13, atol=1e-13)
 
 
 def drive(scheduler, model, x, **choice):
@@ -232,6 +245,23 @@ def test_tighter_tolerance_costs_calls_and_buys_accuracy(algorithm, order):
     assert sorted(calls) == calls and calls[1] < calls[2] < calls[3]
     assert sorted(errors, reverse=True) == errors
     assert errors[-1] < 1e-3
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_calls_fall_by_one_rejected_step_at_most_when_the_tolerance_is_a_little_tighter(order):
+    """Calls come `order` at a time, and loose runs have few steps: the docs page says so."""
+    schedule, ladders = analytic.schedule("sd"), []
+    means = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    data = analytic.GaussianMixture(means, variances=0.05)
+    for seed in (1, 2, 3):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        samplers = [
+            DPMSolverAdaptiveSampler(schedule, order=order, rtol=r, atol=r / 10) for r in (0.1, 0.07, 0.05, 0.03)
+        ]
+        ladders.append([s.sample(analytic.AnalyticDenoiser(data, schedule), x).nfe for s in samplers])
+    steps = np.diff(ladders)
+    assert (steps >= -order).all() and (steps % order == 0).all()
+    assert (steps[:, 1:].sum(1) > 0).all()
 
 
 def test_adaptive_sampler_on_flow_models():
