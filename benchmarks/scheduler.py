@@ -139,15 +139,15 @@ def peer(name: str, bed: Bed) -> Any | None:
     return public(**options) if bed.flow else public.from_config(bed.pipe.scheduler.config, **options)
 
 
-def searched(bed: Bed, images: int = 4, evaluations: int = 40) -> Any:
+def searched(bed: Bed, images: int = 4, evaluations: int = 48) -> Any:
     """USF with schedules found on other captions; named solvers above `SEARCHED_CALLS` calls."""
     from diffusers_ext.schedulers.usf_s3 import SolverScheduleSearch, USFScheduler, pipeline_fitness
 
     scheduler = USFScheduler.from_config(bed.pipe.scheduler.config)
-    fitness = pipeline_fitness(bed.pipe, zoo.scenes(images, 1).captions, GUIDANCE, seed=10**6)
+    fitness = pipeline_fitness(bed.pipe, zoo.scenes(images, 1).captions, GUIDANCE, seed=10**6, size=64)
     for calls in (n for n in CALLS if n <= SEARCHED_CALLS):
         starts = [scheduler.preset_schedule(calls, name) for name in ("unipc_bh2", "dpmpp_2m", "dpmpp_3m")]
-        search = SolverScheduleSearch(fitness, starts, calls, analytic_first_step=not bed.flow)
+        search = SolverScheduleSearch(fitness, starts, calls, analytic_first_step=not bed.flow, screen=4, stage=15)
         scheduler.load_schedule(search.run(evaluations, progress=False))
     return scheduler
 

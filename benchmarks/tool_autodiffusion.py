@@ -23,8 +23,9 @@ from diffusers_ext.schedulers.autodiffusion import PipelineSampler, ScheduleSear
 
 
 PICTURES = 12
+SIZE = 64  # pixels
 REFERENCE_STEPS = 60
-SEARCHED_ON = 4  # captions
+SEARCHED_ON = 3  # captions
 CASES = (
     ("shapes-unet", "DDIM", 4, 0.0),
     ("shapes-unet", "DDIM", 4, 0.25),
@@ -35,12 +36,12 @@ CASES = (
 
 def search(bed: Bed, sampler: str, steps: int, share: float) -> tuple[ScheduleSearchResult, str]:
     """What a search finds, and its processor time."""
-    options: dict[str, Any] = {"population": 24, "max_epochs": 6}
+    options: dict[str, Any] = {"population": 16, "max_epochs": 5}
     if share:
-        options = {"population": 20, "max_epochs": 10, "max_prun": share, "leave_out_blocks": True}
+        options = {"population": 14, "max_epochs": 10, "max_prun": share, "leave_out_blocks": True}
     captions, before = zoo.scenes(SEARCHED_ON, 1).captions, time.process_time()
     found = TimestepSearch.for_pipeline(
-        bed.pipe, captions, steps, GUIDANCE, scheduler=peer(sampler, bed), seed=10**6, **options
+        bed.pipe, captions, steps, GUIDANCE, scheduler=peer(sampler, bed), seed=10**6, size=SIZE, **options
     )
     best = found.run(progress=False)
     return best, f"{found.evaluations} schedules, {time.process_time() - before:.0f} s"
@@ -49,7 +50,7 @@ def search(bed: Bed, sampler: str, steps: int, share: float) -> tuple[ScheduleSe
 @torch.no_grad()
 def draw(bed: Bed, sampler: str, steps: int, result: ScheduleSearchResult | None) -> tuple[torch.Tensor, int]:
     """Latents, and operations of all calls of the denoiser."""
-    run, ends = PipelineSampler(bed.pipe, bed.captions, GUIDANCE, peer(sampler, bed)), []
+    run, ends = PipelineSampler(bed.pipe, bed.captions, GUIDANCE, peer(sampler, bed), size=SIZE), []
     run.noise = bed.noise
     scheduler = run.scheduler if result is None else apply_schedule(run.scheduler, result)
     with skipping(denoiser_of(bed.pipe), {} if result is None else result.skips):
@@ -59,7 +60,7 @@ def draw(bed: Bed, sampler: str, steps: int, result: ScheduleSearchResult | None
 
 def converged(bed: Bed) -> torch.Tensor:
     """Latents after many third-order steps from the noise of `bed`."""
-    run = PipelineSampler(bed.pipe, bed.captions, GUIDANCE)
+    run = PipelineSampler(bed.pipe, bed.captions, GUIDANCE, size=SIZE)
     run.noise = bed.noise
     return run.reference(REFERENCE_STEPS)
 

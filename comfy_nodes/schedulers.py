@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from ._files import SavedFiles, check_name
+
 
 EMSType = io.Custom("DX_EMS")
 CATEGORY = "diffusers-ext/schedulers"
-NO_FILES = "none saved yet"
-
-
-def _folders() -> list[Path]:
-    import folder_paths
-
-    return [Path(folder_paths.models_dir) / "ems", Path(folder_paths.get_output_directory()) / "ems"]
-
-
-def _files() -> dict[str, Path]:
-    """Statistics files by name; those in ComfyUI's models folder hide equal names in the output folder."""
-    return {path.name: path for folder in reversed(_folders()) for path in sorted(folder.glob("*.safetensors"))}
+FILES = SavedFiles("ems", ".safetensors", "statistics file")
 
 
 def _measure(guider: comfy.samplers.CFGGuider, latents: torch.Tensor, options: dict):
@@ -135,13 +124,11 @@ class DXSaveEMS(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name):
         """Only a plain file name: nothing is written outside the output folder."""
-        ok = name.strip() and Path(name).name == name and not name.startswith(".") and "\\" not in name
-        return bool(ok) or f"name is {name!r}: give a file name without folders"
+        return check_name(name)
 
     @classmethod
     def execute(cls, ems, name) -> io.NodeOutput:
-        path = _folders()[1] / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = FILES.new(name)
         ems.save(path)
         return io.NodeOutput(ui=ui.PreviewText(f"saved {path.name}: {ems.metadata}"))
 
@@ -155,9 +142,7 @@ class DXLoadEMS(io.ComfyNode):
             category=CATEGORY,
             description="Loads statistics from models/ems or output/ems.",
             search_aliases=["ems", "load statistics"],
-            inputs=[
-                io.Combo.Input("name", options=sorted(_files()) or [NO_FILES], tooltip="File in one of the folders.")
-            ],
+            inputs=[io.Combo.Input("name", options=FILES.options(), tooltip="File in one of the folders.")],
             outputs=[EMSType.Output(display_name="EMS", tooltip="For the DPM-Solver-v3 sampler.")],
         )
 
@@ -165,10 +150,7 @@ class DXLoadEMS(io.ComfyNode):
     def execute(cls, name) -> io.NodeOutput:
         from diffusers_ext import EMS
 
-        files = _files()
-        if name not in files:
-            raise ValueError(f"no statistics file {name!r} in models/ems or output/ems: save one with Save Statistics")
-        return io.NodeOutput(EMS.load(files[name]))
+        return io.NodeOutput(EMS.load(FILES.find(name)))
 
 
 NODES = [DXDPMv3ComputeEMS, DXDPMv3Sampler, DXSaveEMS, DXLoadEMS]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -11,32 +9,18 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
+from ._files import SavedFiles, check_name
+
 
 COEFFICIENTS = io.Custom("DX_OLSS_COEFFS")
 CATEGORY = "diffusers-ext/schedulers"
-NO_FILES = "none saved yet"
-
-
-def _folders() -> list[Path]:
-    import folder_paths
-
-    return [Path(folder_paths.models_dir) / "olss", Path(folder_paths.get_output_directory()) / "olss"]
-
-
-def _files() -> dict[str, Path]:
-    """Coefficient files by name; those in the models folder hide equal names in the output folder."""
-    return {path.name: path for folder in reversed(_folders()) for path in sorted(folder.glob("*.json"))}
+FILES = SavedFiles("olss", ".json", "OLSS coefficients")
 
 
 def _coefficients(file: str, fitted):
     from diffusers_ext.schedulers.olss import OLSSCoefficients
 
-    if fitted is not None:
-        return fitted
-    path = _files().get(file)
-    if path is None:
-        raise ValueError(f"no OLSS coefficients {file!r} in models/olss or output/olss: connect OLSS Fit")
-    return OLSSCoefficients.load(path)
+    return fitted or OLSSCoefficients.load(FILES.find(file))
 
 
 def _fit(guider, latent, sigmas, steps: int, path: str, ridge: float, seed: int):
@@ -111,8 +95,7 @@ class DXOLSSFit(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name):
         """Only a plain file name: nothing is written outside the output folder."""
-        ok = name.strip() and Path(name).name == name and not name.startswith(".") and "\\" not in name
-        return bool(ok) or f"name is {name!r}: give a file name without folders"
+        return check_name(name)
 
     @classmethod
     def execute(cls, model, positive, negative, cfg, latent, sigmas, steps, path, ridge, seed, name) -> io.NodeOutput:
@@ -120,9 +103,7 @@ class DXOLSSFit(io.ComfyNode):
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         fitted = _fit(guider, latent, sigmas, steps, path, ridge, seed)
-        folder = _folders()[1]
-        folder.mkdir(parents=True, exist_ok=True)
-        fitted.save(folder / f"{name}.json")
+        fitted.save(FILES.new(name))
         return io.NodeOutput(fitted)
 
 
@@ -130,7 +111,7 @@ def _choice() -> list:
     return [
         io.Combo.Input(
             "file",
-            options=[*_files()] or [NO_FILES],
+            options=FILES.options(),
             tooltip="Coefficients of models/olss or output/olss; not used if coefficients is connected.",
         ),
         COEFFICIENTS.Input("coefficients", optional=True, tooltip="Result of OLSS Fit, instead of a file."),

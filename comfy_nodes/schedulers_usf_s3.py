@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -11,21 +9,14 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
+from ._files import SavedFiles, check_name
+from .schedulers import EMSType
+
 
 SCHEDULE = io.Custom("DX_SOLVER_SCHEDULE")
 CATEGORY = "diffusers-ext/schedulers"
+FILES = SavedFiles("usf", ".json", "solver schedule")
 SOLVERS = ["dpmpp_2m", "dpmpp_2m_taylor", "dpmpp_3m", "unipc", "unipc_bh1", "unipc_bh2", "ddim", "dpm_2m"]
-
-
-def _folders() -> list[Path]:
-    import folder_paths
-
-    return [Path(folder_paths.models_dir) / "usf", Path(folder_paths.get_output_directory()) / "usf"]
-
-
-def _files() -> dict[str, Path]:
-    """Schedule files by name; those in the models folder hide equal names in the output folder."""
-    return {path.name: path for folder in reversed(_folders()) for path in sorted(folder.glob("*.json"))}
 
 
 def _schedule(sampling, solver: str, spacing: str, steps: int):
@@ -36,10 +27,7 @@ def _schedule(sampling, solver: str, spacing: str, steps: int):
     if solver in SOLVERS:
         sigmas = comfy.samplers.calculate_sigmas(sampling, spacing, steps).tolist()
         return preset_of_sigmas(solver, sigmas, native_schedule(sampling))
-    path = _files().get(solver)
-    if path is None:
-        raise ValueError(f"no solver schedule {solver!r} in models/usf or output/usf")
-    return SolverSchedule.load(path)
+    return SolverSchedule.load(FILES.find(solver))
 
 
 class DXUSFSampler(io.ComfyNode):
@@ -56,7 +44,7 @@ class DXUSFSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that will be sampled; decides the noise levels."),
                 io.Combo.Input(
                     "solver",
-                    options=[*SOLVERS, *_files()],
+                    options=[*SOLVERS, *FILES.by_name()],
                     default="dpmpp_2m",
                     tooltip="A named solver, or a file of models/usf or output/usf. `searched` wins if connected.",
                 ),
@@ -68,6 +56,11 @@ class DXUSFSampler(io.ComfyNode):
                     tooltip="Noise levels of a named solver.",
                 ),
                 SCHEDULE.Input("searched", optional=True, tooltip="Result of USF Search, instead of solver."),
+                EMSType.Input(
+                    "ems",
+                    optional=True,
+                    tooltip="Statistics of this model, for schedules that were searched with them.",
+                ),
             ],
             outputs=[
                 io.Sampler.Output(tooltip="For SamplerCustom, together with the sigmas of this node."),
@@ -76,17 +69,17 @@ class DXUSFSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, solver, steps, spacing, searched=None) -> io.NodeOutput:
+    def execute(cls, model, solver, steps, spacing, searched=None, ems=None) -> io.NodeOutput:
         from diffusers_ext.schedulers._native import native_schedule
         from diffusers_ext.schedulers.usf_s3 import native_sigmas, sample_usf
 
         sampling = model.get_model_object("model_sampling")
         chosen = searched or _schedule(sampling, solver, spacing, steps)
-        sampler = comfy.samplers.KSAMPLER(sample_usf, {"solver_schedule": chosen})
+        sampler = comfy.samplers.KSAMPLER(sample_usf, {"solver_schedule": chosen, "ems": ems})
         return io.NodeOutput(sampler, native_sigmas(chosen, native_schedule(sampling)))
 
 
-def _search(guider, latent, sampling, calls: int, evaluations: int, seed: int):
+def _search(guider, latent, sampling, calls: int, evaluations: int, seed: int, **options):
     """Search on a guider's model, with ComfyUI's progress bar and interruption."""
     from diffusers_ext.schedulers.usf_s3 import search_native
 
@@ -99,7 +92,7 @@ def _search(guider, latent, sampling, calls: int, evaluations: int, seed: int):
     starts = {n: comfy.samplers.calculate_sigmas(sampling, "normal", n).tolist() for n in (calls, 4 * calls + 10)}
 
     def search(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        found.append(search_native(model, x, extra_args, starts, calls, evaluations, seed, on_evaluation))
+        found.append(search_native(model, x, extra_args, starts, calls, evaluations, seed, on_evaluation, **options))
         return x
 
     noise = comfy.sample.prepare_noise(latent["samples"], seed)
@@ -137,6 +130,20 @@ class DXUSFSearch(io.ComfyNode):
                     tooltip="Seed of noise and search.",
                 ),
                 io.String.Input("name", default="my-model", tooltip="File name without folder or extension."),
+                io.Int.Input(
+                    "screen",
+                    default=4,
+                    min=1,
+                    max=64,
+                    tooltip="Candidates that a small predictor looks at for each schedule that is tried, from the "
+                    "20th on; 1 tries every candidate.",
+                    advanced=True,
+                ),
+                EMSType.Input(
+                    "ems",
+                    optional=True,
+                    tooltip="Statistics of this model; lets the search use DPM-Solver-v3's steps.",
+                ),
             ],
             outputs=[SCHEDULE.Output(display_name="searched", tooltip="For the USF Sampler.")],
         )
@@ -144,18 +151,18 @@ class DXUSFSearch(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name):
         """Only a plain file name: nothing is written outside the output folder."""
-        ok = name.strip() and Path(name).name == name and not name.startswith(".") and "\\" not in name
-        return bool(ok) or f"name is {name!r}: give a file name without folders"
+        return check_name(name)
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, cfg, calls, evaluations, seed, name) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, negative, latent, cfg, calls, evaluations, seed, name, screen=4, ems=None
+    ) -> io.NodeOutput:
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
-        found = _search(guider, latent, model.get_model_object("model_sampling"), calls, evaluations, seed)
-        folder = _folders()[1]
-        folder.mkdir(parents=True, exist_ok=True)
-        found.save(folder / f"{name}.json")
+        sampling, options = model.get_model_object("model_sampling"), {"screen": screen, "ems": ems}
+        found = _search(guider, latent, sampling, calls, evaluations, seed, **options)
+        found.save(FILES.new(name))
         return io.NodeOutput(found)
 
 

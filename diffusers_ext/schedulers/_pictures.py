@@ -19,6 +19,13 @@ def _dtype(pipe) -> torch.dtype:
     return (pipe.transformer if _is_flux(pipe) else pipe.unet).dtype
 
 
+def latent_shape(pipe, size: int | None = None) -> tuple[int, ...]:
+    """Shape of one latent as the denoiser takes it, for square pictures of `size` pixels (default the pipeline's)."""
+    default = pipe.default_sample_size if _is_flux(pipe) else pipe.unet.config.sample_size
+    side = default if size is None else size // pipe.vae_scale_factor
+    return ((side // 2) ** 2, 4 * _channels(pipe)) if _is_flux(pipe) else (_channels(pipe), side, side)
+
+
 def starting_noise(pipe, count: int, height: int | None, width: int | None, generator=None):
     """Noise as the denoiser takes it, and the size `(height, width)` in pixels of its pictures."""
     side = pipe.default_sample_size if _is_flux(pipe) else pipe.unet.config.sample_size

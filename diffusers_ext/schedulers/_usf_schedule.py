@@ -12,7 +12,8 @@ from typing import Any
 from ._common import require_choice
 
 
-PREDICTIONS = ("noise", "data")
+PREDICTIONS = ("noise", "data", "v3")
+_V3 = "dpmsolver_v3"  # its name in the authors' files
 RELAXATIONS = (None, "linear", "dpmsolver-2", "unipc-bh1", "unipc-bh2", "0.5exp", "-0.5exp")
 CORRECTORS = ("none", "pseudo", "implicit")
 AFS = ("none", "zero_x0", "average_x0")
@@ -39,7 +40,7 @@ class Formula:
     """One Taylor step.
 
     Args:
-        prediction: `"noise"` or `"data"`.
+        prediction: `"noise"`, `"data"` or `"v3"` (the parametrisation of DPM-Solver-v3, needs statistics).
         start: Point the step starts from, -1 the newest.
         derivatives: Estimates of the first, second, ... derivative; order = their number + 1.
     """
@@ -152,7 +153,7 @@ class SolverSchedule:
         return {
             "timesteps": list(self.times),
             "orders": [s.formula.order for s in self.steps],
-            "prediction_types": [f"{s.formula.prediction}_prediction" for s in self.steps],
+            "prediction_types": [f"{_written(s.formula.prediction)}_prediction" for s in self.steps],
             "start_points": [s.formula.start for s in self.steps],
             "derivative_types": derivatives,
             "corrector_types": [s.corrector for s in self.steps],
@@ -194,8 +195,13 @@ class SolverSchedule:
         return cls.from_dict(values)
 
 
+def _written(prediction: str) -> str:
+    return _V3 if prediction == "v3" else prediction
+
+
 def _read_step(values: dict[str, Any], i: int) -> Step:
     order, kind = values["orders"][i], str(values["prediction_types"][i]).removesuffix("_prediction")
+    kind = "v3" if kind == _V3 else kind
     corrector = values["corrector_types"][i]
     corrector = corrector.get("type") if isinstance(corrector, dict) else corrector
     listed = values["derivative_types"][i][: order - 1]
@@ -240,6 +246,8 @@ PRESETS: dict[str, Callable[[int], list[Step]]] = {
     "dpm_2m": _multistep("noise", 2, "dpmsolver-2"),
     "dpm_solver_2s": _single("noise"),
     "dpmpp_2s": _single("data"),
+    "v3_2m": _multistep("v3", 2, None),
+    "v3_3m": _multistep("v3", 3, None),
     "unipc": _multistep("data", 2, None, "pseudo"),
     "unipc_bh1": _multistep("data", 2, "unipc-bh1", "pseudo"),
     "unipc_bh2": _multistep("data", 2, "unipc-bh2", "pseudo"),

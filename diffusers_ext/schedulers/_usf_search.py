@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ._usf_schedule import Derivative, Formula, SolverSchedule, Step, check_step
+from ._usf_predictor import SchedulePredictor
+from ._usf_schedule import PREDICTIONS, Derivative, Formula, SolverSchedule, Step, check_step
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class MutationRates:
         time_scale: Relative size of a change of time.
         relaxation_scale: Size of a change of a linear relaxation's coefficient.
         orders: Odds of orders 1 to 4.
+        predictions: Odds of noise, data and v3 prediction.
     """
 
     crossover: float = 0.3
@@ -36,13 +38,15 @@ class MutationRates:
     time_scale: float = 0.08
     relaxation_scale: float = 0.03
     orders: tuple[float, ...] = (0.2, 0.4, 0.3, 0.1)
+    predictions: tuple[float, ...] = (0.3, 0.3, 0.4)
 
 
 class SolverScheduleSearch:
     """Searches the solver schedule with the lowest fitness at a given number of model calls.
 
-    Paper: https://arxiv.org/abs/2312.07243. Every evaluation of `fitness` is one candidate; there is no predictor that
-    screens them first. The state can be saved at any time and the search goes on from it.
+    Paper: https://arxiv.org/abs/2312.07243. Every evaluation of `fitness` is one candidate. A predictor, trained again
+    after every stage on all that has been evaluated, may screen candidates before (`screen`). The state can be saved
+    at any time and the search goes on from it.
 
     Args:
         fitness: `SolverSchedule -> float`, lower is better; not finite counts as worst.
@@ -51,6 +55,9 @@ class SolverScheduleSearch:
         seed: Same seed, same search.
         top: Size of the pool of parents.
         analytic_first_step: Let the search replace the first call by x0 = 0.
+        with_statistics: Let it use the prediction type of DPM-Solver-v3; the fitness must know the statistics.
+        screen: Candidates drawn for each that is evaluated, the predictor's favourite; 1 does without a predictor.
+        stage: Evaluations between two trainings of the predictor, and before the first.
         rates: See `MutationRates`.
 
     Raises:
@@ -69,20 +76,33 @@ class SolverScheduleSearch:
         seed: int = 0,
         top: int = 15,
         analytic_first_step: bool = False,
+        with_statistics: bool = False,
+        screen: int = 1,
+        stage: int = 20,
         rates: MutationRates | None = None,
     ):
-        self.fitness, self.calls, self.top = fitness, calls, top
+        if screen < 1 or stage < 2:
+            raise ValueError(f"screen is {screen} and stage {stage}; they must be at least 1 and 2")
+        self.fitness, self.calls, self.top, self.screen, self.stage = fitness, calls, top, screen, stage
         self.rates, self.analytic_first_step = rates or MutationRates(), analytic_first_step
+        self.predictions = PREDICTIONS if with_statistics else PREDICTIONS[:2]
+        self._predictor: SchedulePredictor | None = None
+        self._trained_on = 0
         self._random = random.Random(seed)
         self._waiting = [s for s in population if s.calls <= calls]
         if not self._waiting:
             raise ValueError(f"none of the {len(population)} schedules of the population makes do with {calls} calls")
-        self.scored: list[tuple[float, SolverSchedule]] = []
+        self.evaluated: list[tuple[float, SolverSchedule]] = []
+
+    @property
+    def scored(self) -> list[tuple[float, SolverSchedule]]:
+        """Scores and schedules evaluated so far, best first; `evaluated` has them in the order of evaluation."""
+        return sorted(self.evaluated, key=lambda entry: entry[0])
 
     @property
     def best(self) -> SolverSchedule:
         """The best schedule so far."""
-        if not self.scored:
+        if not self.evaluated:
             raise RuntimeError("nothing has been evaluated yet: call run()")
         return self.scored[0][1]
 
@@ -94,11 +114,10 @@ class SolverScheduleSearch:
         Ctrl-C, or an exception from `on_evaluation`, stops it between two evaluations; `run` goes on from there.
         """
         for n in tqdm(range(evaluations), desc="solver search", disable=not progress):
-            candidate = self._waiting[0] if self._waiting else self._child()
-            score = float(self.fitness(candidate))
-            self._waiting = self._waiting[1:]
-            self.scored.append((score if score == score else float("inf"), candidate))
-            self.scored.sort(key=lambda entry: entry[0])
+            if not self._waiting:
+                self._waiting = [self._screened()]
+            score = float(self.fitness(self._waiting[0]))
+            self.evaluated.append((score if score == score else float("inf"), self._waiting.pop(0)))
             if on_evaluation is not None:
                 on_evaluation(n)
         return self.best
@@ -106,9 +125,10 @@ class SolverScheduleSearch:
     def save(self, path: str | Path) -> None:
         """Write what has been evaluated, what waits and the state of the random numbers as JSON."""
         version, numbers, rest = self._random.getstate()
-        scored = [[score, s.to_dict()] for score, s in self.scored]
+        scored = [[score, s.to_dict()] for score, s in self.evaluated]
         waiting = [s.to_dict() for s in self._waiting]
-        state = {"calls": self.calls, "random": [version, list(numbers), rest], "scored": scored, "waiting": waiting}
+        state = {"calls": self.calls, "screen": self.screen, "stage": self.stage}
+        state |= {"random": [version, list(numbers), rest], "scored": scored, "waiting": waiting}
         part = Path(path).with_suffix(".part")
         part.write_text(json.dumps(state), encoding="utf-8")
         part.replace(path)
@@ -117,16 +137,32 @@ class SolverScheduleSearch:
         """Go on from a file of `save`.
 
         Raises:
-            ValueError: It is of a search for another number of calls.
+            ValueError: It is of a search for another number of calls, or with another predictor.
         """
         state = json.loads(Path(path).read_text(encoding="utf-8"))
         if state.get("calls") != self.calls:
             raise ValueError(f"{path} is of a search for {state.get('calls')} calls, this one is for {self.calls}")
+        screening = state.get("screen", 1), state.get("stage", self.stage)
+        if screening != (self.screen, self.stage):
+            raise ValueError(
+                f"{path} is of a search with screen {screening[0]} and stage {screening[1]}, this one has "
+                f"{self.screen} and {self.stage}"
+            )
         scored = [(float(score), SolverSchedule.from_dict(s)) for score, s in state["scored"]]
         waiting = [SolverSchedule.from_dict(s) for s in state["waiting"]]
         version, numbers, rest = state["random"]
         self._random.setstate((version, tuple(numbers), rest))
-        self.scored, self._waiting = scored, waiting
+        self.evaluated, self._waiting, self._trained_on = scored, waiting, 0
+
+    def _screened(self) -> SolverSchedule:
+        """A child, or the one that the predictor prefers among several."""
+        trained_on = len(self.evaluated) // self.stage * self.stage
+        if self.screen == 1 or trained_on == 0:
+            return self._child()
+        if self._trained_on != trained_on:
+            scores, schedules = zip(*self.evaluated[:trained_on])
+            self._predictor, self._trained_on = SchedulePredictor().fit(schedules, scores), trained_on
+        return self._predictor.best([self._child() for _ in range(self.screen)])
 
     def _child(self) -> SolverSchedule:
         """A new schedule that can be run within the calls."""
@@ -223,7 +259,8 @@ class SolverScheduleSearch:
                 relaxed = Derivative(first.points, self._random.choice([None, "dpmsolver-2", "unipc-bh1"]))
             formula = replace(formula, derivatives=(relaxed, *formula.derivatives[1:]))
         if roll():
-            formula = replace(formula, prediction=self._random.choice(["noise", "data"]))
+            odds = self.rates.predictions[: len(self.predictions)]
+            formula = replace(formula, prediction=self._random.choices(self.predictions, odds)[0])
         if roll():
             corrector = self._random.choice(["none", "pseudo"])
         return Step(formula, "none" if i == n - 1 else corrector)

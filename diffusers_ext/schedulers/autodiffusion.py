@@ -25,6 +25,7 @@ from ._autodiffusion_blocks import BlockSkipHook, install_skips, require_blocks,
 from ._autodiffusion_schedule import apply_schedule, remove_schedule
 from ._autodiffusion_search import Candidate, Evolution, SearchSettings
 from ._common import guided_model, require_choice
+from ._pictures import latent_shape
 
 
 __all__ = [
@@ -197,17 +198,22 @@ class PipelineSampler:
         guidance_scale: The one you will sample with.
         scheduler: Sampler to search for; default the pipeline's.
         seed: Seed of the noise.
+        size: Height and width in pixels; default the pipeline's.
     """
 
     def __init__(
-        self, pipe: Any, prompts: Sequence[str], guidance_scale: float = 1.0, scheduler: Any = None, seed: int = 0
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        guidance_scale: float = 1.0,
+        scheduler: Any = None,
+        seed: int = 0,
+        size: int | None = None,
     ):
         self.model, self.denoiser = guided_model(pipe, prompts, guidance_scale), denoiser_of(pipe)
         self.scheduler, self.seed = copy.deepcopy(scheduler or pipe.scheduler), seed
-        side = pipe.unet.config.sample_size if hasattr(pipe, "unet") else pipe.default_sample_size // 2
-        channels = self.denoiser.config.in_channels
-        shape = (channels, side, side) if hasattr(pipe, "unet") else (side * side, channels)
-        self.noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
+        shape = (len(prompts), *latent_shape(pipe, size))
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         self.noise = self.noise.to(self.denoiser.device, self.denoiser.dtype)
 
     def __call__(self, candidate: ScheduleSearchResult) -> torch.Tensor:
@@ -332,6 +338,7 @@ class TimestepSearch:
         scheduler: Any = None,
         reference_steps: int = 40,
         leave_out_blocks: bool = False,
+        size: int | None = None,
         **options,
     ) -> TimestepSearch:
         """A search on a text-to-image pipeline.
@@ -346,9 +353,10 @@ class TimestepSearch:
             scheduler: Sampler to search for; default the pipeline's.
             reference_steps: Steps of the reference.
             leave_out_blocks: Search blocks to leave out as well.
+            size: Height and width in pixels; default the pipeline's.
             options: Others of `TimestepSearch`.
         """
-        sampler = PipelineSampler(pipe, prompts, guidance_scale, scheduler, options.get("seed", 0))
+        sampler = PipelineSampler(pipe, prompts, guidance_scale, scheduler, options.get("seed", 0), size)
         if not callable(fitness):
             require_choice("fitness", fitness, FITNESSES)
             end = sampler.reference(reference_steps)

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,13 +19,13 @@ from ..registry import Claim, MethodRecord, register
 from ._common import NoiseLevelScheduler, require_choice, schedule_config
 from ._ems import EMS, calibrate_ems, clean_latents, compute_ems, log_snr_span
 from ._native import NativeRun
+from ._with_ems import StatisticsMixin, check_span
 
 
 __all__ = ["EMS", "DPMSolverV3MultistepScheduler", "calibrate_ems", "clean_latents", "compute_ems"]
 
 logger = logging.getLogger(__name__)
 SKIP_TYPES = ("logSNR", "time_uniform", "time_quadratic", "edm")
-_EMS_FILE = "ems.safetensors"
 _CELLS_PER_STEP = 5
 _DEGENERATE_CELLS = 1200
 
@@ -233,18 +232,6 @@ def _distinct(indices: Sequence[int], places: Sequence[int], count: int) -> list
     return chosen
 
 
-def check_span(ems: EMS, schedule: NoiseSchedule) -> None:
-    """Raise `ValueError` unless the statistics were computed for these noise levels."""
-    low, high = log_snr_span(schedule)
-    start, end = ems.log_snr[0].item(), ems.log_snr[-1].item()
-    cell = (end - start) / (len(ems.log_snr) - 1)
-    if abs(start - low) > cell or abs(end - high) > cell:
-        raise ValueError(
-            f"the statistics cover log-SNR {start:.3f} to {end:.3f}, the model's noise levels {low:.3f} to "
-            f"{high:.3f}: compute statistics for this model and noise schedule"
-        )
-
-
 def skip_nodes(schedule: NoiseSchedule, steps: int, skip_type: str) -> torch.Tensor:
     """Log-SNR of `steps + 1` nodes over the whole range: uniform in log-SNR, in time, in sqrt(time), or EDM's."""
     low, high = ends = torch.tensor(log_snr_span(schedule), dtype=torch.float64)
@@ -321,7 +308,7 @@ def _warn_of_guidance(ems: EMS, wanted: float | None) -> None:
         ),
     )
 )
-class DPMSolverV3MultistepScheduler(NoiseLevelScheduler):
+class DPMSolverV3MultistepScheduler(StatisticsMixin, NoiseLevelScheduler):
     """Sampler that adapts to the model: statistics measured once make few steps go further.
 
     Paper: https://arxiv.org/abs/2310.13268. Give it statistics with `load_ems`; they travel with `save_pretrained` as
@@ -373,40 +360,6 @@ class DPMSolverV3MultistepScheduler(NoiseLevelScheduler):
             solver_order, use_corrector, c_pseudo, p_pseudo, lower_order_final, half_corrector
         )
 
-    def load_ems(self, ems: EMS | str | Path) -> DPMSolverV3MultistepScheduler:
-        """Use these statistics, an `EMS` or a file of `EMS.save`, from the next `set_timesteps` on.
-
-        Returns:
-            The scheduler itself.
-
-        Raises:
-            ValueError: They were computed for another noise schedule.
-        """
-        ems = ems if isinstance(ems, EMS) else EMS.load(ems)
-        check_span(ems, self.noise_schedule)
-        self.ems = ems
-        self.register_to_config(ems_file=_EMS_FILE)
-        return self
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Save the config and, if there are any, the statistics as `ems.safetensors` beside it."""
-        if self.ems is not None:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            self.ems.save(Path(save_directory) / _EMS_FILE)
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path=None, subfolder=None, return_unused_kwargs=False, **kwargs):
-        """Load the config and the statistics saved beside it.
-
-        Raises:
-            FileNotFoundError: The config names statistics, but the file is not there.
-        """
-        scheduler, unused = super().from_pretrained(pretrained_model_name_or_path, subfolder, True, **kwargs)
-        if scheduler.config.ems_file is not None:
-            scheduler.load_ems(_locate(pretrained_model_name_or_path, subfolder, kwargs))
-        return (scheduler, unused) if return_unused_kwargs else scheduler
-
     def _statistics(self) -> EMS:
         if self.config.degenerated or self.ems is None:
             if not self.config.degenerated:
@@ -447,18 +400,3 @@ class DPMSolverV3MultistepScheduler(NoiseLevelScheduler):
         x0 = to_x0(output, x, *self._levels[i], self.config.prediction_type)
         after, self._history = self._solver.advance(self._history, x, x0, i)
         return after
-
-
-def _locate(source, subfolder: str | None, options: dict) -> Path:
-    folder = Path(source, subfolder or "")
-    if not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        passed = {k: v for k, v in options.items() if k in ("cache_dir", "revision", "token", "local_files_only")}
-        return Path(hf_hub_download(str(source), _EMS_FILE, subfolder=subfolder, **passed))
-    if not (folder / _EMS_FILE).is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {_EMS_FILE}, which its scheduler_config.json names: load the scheduler by itself with "
-            "DPMSolverV3MultistepScheduler.from_pretrained(repo, subfolder='scheduler'), or set ems_file to null"
-        )
-    return folder / _EMS_FILE

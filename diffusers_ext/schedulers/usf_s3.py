@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,194 +15,17 @@ import torch
 from ..prediction import NoiseSchedule, to_noise, to_x0
 from ..registry import Claim, MethodRecord, register
 from ._common import NoiseLevelScheduler, guided_model, require_choice, schedule_config
+from ._ems import EMS
 from ._native import NativeRun
-from ._usf_schedule import PRESETS, Formula, SolverSchedule, Step, preset_steps
+from ._pictures import latent_shape
+from ._usf_schedule import PRESETS, SolverSchedule, preset_steps
 from ._usf_search import SolverScheduleSearch
+from ._usf_solver import Point, Solver, solve_usf
+from ._with_ems import StatisticsMixin
 from .dpm_solver_v3 import SKIP_TYPES, skip_nodes
 
 
 __all__ = ["SolverSchedule", "SolverScheduleSearch", "USFScheduler", "solve_usf"]
-
-
-def phis(z: float, count: int) -> list[float]:
-    """P_1 = (e^z - 1) / z, P_{i+1} = (P_i - 1 / i!) / z."""
-    if abs(z) < 1e-2:
-        return [sum(z**k / math.factorial(k + i) for k in range(8)) for i in range(1, count + 1)]
-    values = [math.expm1(z) / z]
-    for i in range(1, count):
-        values.append((values[-1] - 1 / math.factorial(i)) / z)
-    return values
-
-
-def relaxation(kind: str | None, h: float, z: float, coefficient: float) -> float:
-    """Factor 1 + O(h) on the first derivative; z is h for noise and -h for data prediction."""
-    if kind is None or z == 0:
-        return 1.0
-    if kind == "linear":
-        return 1 + coefficient * h
-    if kind == "unipc-bh1":
-        return 0.5 * z * z / (math.expm1(z) - z)
-    if kind in ("dpmsolver-2", "unipc-bh2"):
-        return 0.5 * z * math.expm1(z) / (math.expm1(z) - z)
-    return 1 + (-0.5 if kind == "-0.5exp" else 0.5) * math.expm1(z)
-
-
-def derivative_weights(distances: Sequence[float], order: int) -> list[float]:
-    """a with sum_j a_j d_j^m / m! = [m == order], m = 1..k: the derivative from differences to the start point."""
-    d = torch.tensor(distances, dtype=torch.float64)
-    powers = torch.stack([d**m / math.factorial(m) for m in range(1, len(distances) + 1)])
-    unit = torch.zeros(len(distances), dtype=torch.float64)
-    unit[order - 1] = 1
-    return torch.linalg.solve(powers, unit).tolist()
-
-
-@dataclass(frozen=True)
-class Update:
-    """x_t = keep * x[start] + sum of weight * F[node] over `weights`."""
-
-    start: int
-    keep: float
-    noise: bool
-    weights: dict[int, float]
-
-    def __call__(self, points: dict[int, Point]) -> torch.Tensor:
-        """The sample at the target from the evaluated points."""
-        x = self.keep * points[self.start].x
-        for node, weight in self.weights.items():
-            x = x + weight * (points[node].noise if self.noise else points[node].x0)
-        return x
-
-
-@dataclass(frozen=True)
-class Point:
-    """A node that has been visited: the sample there and what the model saw in it."""
-
-    x: torch.Tensor
-    noise: torch.Tensor
-    x0: torch.Tensor
-
-
-def make_update(formula: Formula, levels: Sequence[tuple[float, float]], newest: int, target: int) -> Update:
-    """Coefficients of one Taylor step from node newest + 1 + formula.start to node `target`."""
-    at = [math.log(a / s) if s > 0 else math.inf for a, s in levels]
-    s, noise = newest + 1 + formula.start, formula.prediction == "noise"
-    (alpha_s, sigma_s), (alpha_t, sigma_t) = levels[s], levels[target]
-    if math.isinf(at[target]):
-        return Update(s, 0.0, False, {s: alpha_t})
-    h = at[target] - at[s]
-    z = h if noise else -h
-    scale = -sigma_t if noise else alpha_t
-    p = phis(z, formula.order)
-    weights = {s: scale * h * p[0]}
-    for i, derivative in enumerate(formula.derivatives, start=1):
-        nodes = [newest + 1 + point for point in derivative.points]
-        factor = scale * h ** (i + 1) * p[i]
-        factor *= relaxation(derivative.relaxation, h, z, derivative.coefficient) if i == 1 else 1.0
-        for node, a in zip(nodes, derivative_weights([at[n] - at[s] for n in nodes], i)):
-            weights[node] = weights.get(node, 0.0) + factor * a
-            weights[s] -= factor * a
-    return Update(s, alpha_t / alpha_s if noise else sigma_t / sigma_s, noise, weights)
-
-
-def _euler(prediction: str) -> Formula:
-    return Formula(prediction, -1, ())
-
-
-class Solver:
-    """A solver schedule compiled for noise levels; knows nothing of diffusers or ComfyUI.
-
-    Args:
-        levels: `(alpha, sigma)` of the N + 1 nodes, noisiest first; the last sigma may be 0.
-        steps: Choices of the N steps.
-        afs: Analytic first step: `"none"`, `"zero_x0"` or `"average_x0"` saves the call at node 0.
-        average_x0: Mean of the data for `"average_x0"`, a number or one per channel.
-
-    Attributes:
-        calls: Node of every model call, in order.
-    """
-
-    def __init__(
-        self, levels: Sequence[tuple[float, float]], steps: Sequence[Step], afs: str = "none", average_x0=None
-    ):
-        self.levels, self.steps, self.afs = list(levels), list(steps), afs
-        self.average_x0 = average_x0
-        n = len(self.steps)
-        self._predictors = [self._compile(step.formula, i, i + 1) for i, step in enumerate(self.steps)]
-        self._correctors = [
-            None if step.corrector == "none" else self._compile(step.formula.corrected(), i + 1, i + 1)
-            for i, step in enumerate(self.steps)
-        ]
-        self.calls: list[int] = []
-        for node in range(0 if afs == "none" else 1, n + 1):
-            corrector = self.steps[node - 1].corrector if node > 0 else "none"
-            if node < n or corrector != "none":
-                self.calls += [node, node] if corrector == "implicit" and node < n else [node]
-
-    def _compile(self, formula: Formula, newest: int, target: int) -> Update:
-        """An update; where nodes coincide (repeated timesteps) a derivative cannot be told and it is first order."""
-        used = {formula.start, *(p for d in formula.derivatives for p in d.points)}
-        sigmas = [self.levels[newest + 1 + p][1] / self.levels[newest + 1 + p][0] for p in used]
-        if target <= newest and len(set(sigmas)) < len(sigmas):
-            return Update(newest, 1.0, False, {})
-        if len(set(sigmas)) < len(sigmas):
-            return make_update(_euler(formula.prediction), self.levels, newest, target)
-        return make_update(formula, self.levels, newest, target)
-
-    def first(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[int, Point]]:
-        """What the first model call is given, and the points known by then (one with an analytic first step)."""
-        if self.afs == "none":
-            return x, {}
-        alpha, sigma = self.levels[0]
-        if self.afs == "zero_x0":
-            point = Point(x, x / sigma, torch.zeros_like(x))
-        else:
-            mean = torch.as_tensor(self.average_x0, dtype=x.dtype, device=x.device)
-            mean = mean.reshape(-1, *[1] * (x.ndim - 2)).expand_as(x) if mean.ndim else mean.expand_as(x)
-            point = Point(x, (x - alpha * mean) / sigma, mean)
-        points = {0: point}
-        return self._predictors[0](points), points
-
-    def advance(
-        self, points: dict[int, Point], x: torch.Tensor, noise: torch.Tensor, x0: torch.Tensor, call: int
-    ) -> tuple[torch.Tensor, dict[int, Point]]:
-        """From model call number `call`, at sample `x`, to what the next call is given (or the result)."""
-        node = self.calls[call]
-        again = call > 0 and self.calls[call - 1] == node and node in points
-        points = {**points, node: Point(x, noise, x0)}
-        if not again and node > 0 and self._correctors[node - 1] is not None:
-            x = self._apply(self._correctors[node - 1], points, x)
-            points[node] = Point(x, noise, x0)
-            if call + 1 < len(self.calls) and self.calls[call + 1] == node:
-                return x, points
-        if node == len(self.steps):
-            return x, points
-        update = self._predictors[node]
-        if not self._known(update, points):  # a run that began in the middle has no history yet
-            update = make_update(_euler(self.steps[node].formula.prediction), self.levels, node, node + 1)
-        return update(points), points
-
-    def _apply(self, update: Update, points: dict[int, Point], x: torch.Tensor) -> torch.Tensor:
-        return update(points) if self._known(update, points) else x
-
-    @staticmethod
-    def _known(update: Update, points: dict[int, Point]) -> bool:
-        return update.start in points and all(node in points for node in update.weights)
-
-
-def solve_usf(solver: Solver, model: Callable, x: torch.Tensor) -> torch.Tensor:
-    """Run a solver.
-
-    Args:
-        solver: Compiled schedule.
-        model: `(x, node) -> clean sample`.
-        x: Sample at node 0.
-    """
-    x, points = solver.first(x)
-    for call, node in enumerate(solver.calls):
-        x0 = model(x, node)
-        alpha, sigma = solver.levels[node]
-        x, points = solver.advance(points, x, (x - alpha * x0) / sigma, x0, call)
-    return x
 
 
 def log_snr_of(times: Sequence[float], schedule: NoiseSchedule) -> torch.Tensor:
@@ -254,8 +76,13 @@ def native_sigmas(solver_schedule: SolverSchedule, schedule: NoiseSchedule) -> t
     return torch.tensor([s if is_flow else s / a for a, s in levels_of(solver_schedule, schedule)]).float()
 
 
+def compiled(chosen: SolverSchedule, schedule: NoiseSchedule, ems: EMS | None = None) -> Solver:
+    """A solver schedule as a solver for a model's noise levels."""
+    return Solver(levels_of(chosen, schedule), chosen.steps, chosen.afs, chosen.average_x0, ems, schedule)
+
+
 def trajectory_fitness(
-    model: Callable, schedule: NoiseSchedule, x: torch.Tensor, reference: torch.Tensor
+    model: Callable, schedule: NoiseSchedule, x: torch.Tensor, reference: torch.Tensor, ems: EMS | None = None
 ) -> Callable[[SolverSchedule], float]:
     """Fitness for a search: mean squared distance of a run's end to `reference`.
 
@@ -264,19 +91,25 @@ def trajectory_fitness(
         schedule: Noise levels of the model.
         x: Starting noise `[n, ...]`, the same for all candidates.
         reference: Where the exact solution takes it.
+        ems: Statistics of the model, for schedules with v3 prediction.
     """
 
     def fitness(candidate: SolverSchedule) -> float:
-        levels = levels_of(candidate, schedule)
-        solver = Solver(levels, candidate.steps, candidate.afs, candidate.average_x0)
-        return (solve_usf(solver, lambda y, i: model(y, *levels[i]), x) - reference).square().mean().item()
+        solver = compiled(candidate, schedule, ems)
+        return (solve_usf(solver, lambda y, i: model(y, *solver.levels[i]), x) - reference).square().mean().item()
 
     return fitness
 
 
 @torch.no_grad()
 def pipeline_fitness(
-    pipe, prompts: Sequence[str], guidance_scale: float = 1.0, reference_steps: int = 30, seed: int = 0
+    pipe,
+    prompts: Sequence[str],
+    guidance_scale: float = 1.0,
+    reference_steps: int = 30,
+    seed: int = 0,
+    ems: EMS | None = None,
+    size: int | None = None,
 ) -> Callable[[SolverSchedule], float]:
     """`trajectory_fitness` of a text-to-image pipeline, against DPM-Solver++ 3M with many steps.
 
@@ -286,13 +119,15 @@ def pipeline_fitness(
         guidance_scale: The one you will sample with.
         reference_steps: Steps of the reference.
         seed: Seed of the noise.
+        ems: Statistics of the pipeline's model, for schedules with v3 prediction.
+        size: Height and width in pixels; default the pipeline's.
     """
     scheduler = USFScheduler.from_config(pipe.scheduler.config, schedule=None)
     schedule, kind = scheduler.noise_schedule, scheduler.config.prediction_type
     guided = guided_model(pipe, prompts, guidance_scale)
-    channels, side = _latent_size(pipe)
-    shape = (channels, side, side) if hasattr(pipe, "unet") else ((side // 2) ** 2, channels)
-    x = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed)).to(pipe.device)
+    x = torch.randn(len(prompts), *latent_shape(pipe, size), generator=torch.Generator().manual_seed(seed)).to(
+        pipe.device
+    )
 
     @torch.no_grad()
     def model(y: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
@@ -300,23 +135,18 @@ def pipeline_fitness(
         return to_x0(guided(y, schedule.timestep(log_snr).to(y)), y, alpha, sigma, kind)
 
     reference = scheduler.preset_schedule(reference_steps, "dpmpp_3m")
-    levels = levels_of(reference, schedule)
-    end = solve_usf(Solver(levels, reference.steps), lambda y, i: model(y, *levels[i]), x)
-    return trajectory_fitness(model, schedule, x, end)
+    solver = compiled(reference, schedule)
+    end = solve_usf(solver, lambda y, i: model(y, *solver.levels[i]), x)
+    return trajectory_fitness(model, schedule, x, end, ems)
 
 
-def _latent_size(pipe) -> tuple[int, int]:
-    if hasattr(pipe, "unet"):
-        return pipe.unet.config.in_channels, pipe.unet.config.sample_size
-    return pipe.transformer.config.in_channels, pipe.default_sample_size
-
-
-def sample_usf(model, x, sigmas, extra_args=None, callback=None, disable=None, solver_schedule=None):
+def sample_usf(model, x, sigmas, extra_args=None, callback=None, disable=None, solver_schedule=None, ems=None):
     """A solver schedule as a ComfyUI sampler; `sigmas` must be those of the schedule.
 
     Args:
         model, x, sigmas, extra_args, callback, disable: As ComfyUI passes them.
         solver_schedule: `SolverSchedule` with as many steps as `sigmas`.
+        ems: Statistics of the model, for schedules with v3 prediction.
     """
     run = NativeRun(model, x, sigmas, extra_args, callback)
     if len(solver_schedule.steps) != run.steps:
@@ -324,7 +154,8 @@ def sample_usf(model, x, sigmas, extra_args=None, callback=None, disable=None, s
             f"the solver schedule has {len(solver_schedule.steps)} steps and the sigmas {run.steps}: connect the "
             "SIGMAS of the same USF Sampler node"
         )
-    solver = Solver(run.levels, solver_schedule.steps, solver_schedule.afs, solver_schedule.average_x0)
+    chosen = solver_schedule
+    solver = Solver(run.levels, chosen.steps, chosen.afs, chosen.average_x0, ems, run.schedule)
 
     def predict(y: torch.Tensor, node: int) -> torch.Tensor:
         denoised = run.denoised(y, run.sigmas[node])
@@ -334,7 +165,18 @@ def sample_usf(model, x, sigmas, extra_args=None, callback=None, disable=None, s
     return run.finish(solve_usf(solver, predict, x))
 
 
-def search_native(model, x, extra_args, sigmas: dict[int, list[float]], calls: int, evaluations: int, seed, on_step):
+def search_native(
+    model,
+    x,
+    extra_args,
+    sigmas: dict[int, list[float]],
+    calls: int,
+    evaluations: int,
+    seed: int,
+    on_step: Callable[[int], None],
+    ems: EMS | None = None,
+    screen: int = 1,
+) -> SolverSchedule:
     """S^3 on a ComfyUI model from inside a sampler call.
 
     Args:
@@ -344,6 +186,8 @@ def search_native(model, x, extra_args, sigmas: dict[int, list[float]], calls: i
         evaluations: Schedules to try.
         seed: Seed of the search.
         on_step: Called after every evaluation.
+        ems: Statistics of the model; lets the search use v3 prediction.
+        screen: Candidates drawn for each that is evaluated, see `SolverScheduleSearch`.
     """
     run = NativeRun(model, x, torch.tensor(sigmas[calls]), extra_args)
 
@@ -354,11 +198,12 @@ def search_native(model, x, extra_args, sigmas: dict[int, list[float]], calls: i
     schedule = run.schedule
     presets = [preset_of_sigmas(p, sigmas[calls], schedule) for p in ("unipc_bh2", "dpmpp_2m", "dpmpp_3m", "ddim")]
     reference = preset_of_sigmas("dpmpp_3m", sigmas[max(sigmas)], schedule)
-    levels = levels_of(reference, schedule)
-    start = x * (1.0 if run.flow else levels[0][0])
-    end = solve_usf(Solver(levels, reference.steps), lambda y, i: denoise(y, *levels[i]), start)
-    search = SolverScheduleSearch(trajectory_fitness(denoise, schedule, start, run.finish(end)), presets, calls, seed)
-    return search.run(evaluations, progress=False, on_evaluation=on_step)
+    solver = compiled(reference, schedule)
+    start = x * (1.0 if run.flow else solver.levels[0][0])
+    end = run.finish(solve_usf(solver, lambda y, i: denoise(y, *solver.levels[i]), start))
+    fitness = trajectory_fitness(denoise, schedule, start, end, ems)
+    options = {"with_statistics": ems is not None, "screen": screen}
+    return SolverScheduleSearch(fitness, presets, calls, seed, **options).run(evaluations, False, on_step)
 
 
 @register(
@@ -380,37 +225,46 @@ def search_native(model, x, extra_args, sigmas: dict[int, list[float]], calls: i
         ),
     )
 )
-class USFScheduler(NoiseLevelScheduler):
+class USFScheduler(StatisticsMixin, NoiseLevelScheduler):
     """Sampler driven by a solver schedule: a named one, or a file that a search has found.
 
     Paper: https://arxiv.org/abs/2312.07243.
 
     Args:
         preset: Solver used for numbers of steps without a file: one of `"ddim"`, `"dpmpp_2m"`, `"dpmpp_2m_taylor"`,
-            `"dpmpp_3m"`, `"dpm_2m"`, `"dpm_solver_2s"`, `"dpmpp_2s"`, `"unipc_bh1"`, `"unipc_bh2"`, `"unipc"`.
+            `"dpmpp_3m"`, `"dpm_2m"`, `"dpm_solver_2s"`, `"dpmpp_2s"`, `"unipc_bh1"`, `"unipc_bh2"`, `"unipc"`; with
+            statistics of the model (`load_ems`) also `"v3_2m"` and `"v3_3m"`.
         skip_type: Spacing of a preset's nodes: `"logSNR"`, `"time_uniform"`, `"time_quadratic"`, `"edm"`, or None for
             `timestep_spacing`.
         schedule: Solver schedules as dicts (`SolverSchedule.to_dict`), one or a list for several numbers of calls.
+        ems_file: Set by `load_ems`.
 
     The other options are those of `NoiseLevelScheduler`.
 
     Raises:
-        ValueError: A schedule is invalid; the message names the step.
+        ValueError: A schedule is invalid, or needs statistics and there are none; the message names the step.
 
     Example:
         >>> pipe.scheduler = USFScheduler.from_config(pipe.scheduler.config, preset="unipc_bh2")
         >>> image = pipe("a red circle", num_inference_steps=6).images[0]
 
-    Limits: noise and data prediction only; the DPM-Solver-v3 prediction type and the skip coefficients of the paper's
-    files are refused. With an analytic first step, only pipelines that call `scale_model_input` (not Flux-like ones).
+    Limits: the skip coefficients of the paper's files, which scale connections inside the model, are refused. With an
+    analytic first step, only pipelines that call `scale_model_input` (not Flux-like ones).
     """
 
     @schedule_config
-    def __init__(self, preset: str = "dpmpp_2m", skip_type: str | None = None, schedule: dict | list | None = None):
+    def __init__(
+        self,
+        preset: str = "dpmpp_2m",
+        skip_type: str | None = None,
+        schedule: dict | list | None = None,
+        ems_file: str | None = None,
+    ):
         require_choice("preset", preset, tuple(PRESETS))
         require_choice("skip_type", skip_type, (None, *SKIP_TYPES))
         given = [] if schedule is None else [schedule] if isinstance(schedule, dict) else schedule
         self._schedules = {s.calls: s for s in map(SolverSchedule.from_dict, given)}
+        self.ems: EMS | None = None
         self._solver: Solver | None = None
         self._points: dict[int, Point] = {}
 
@@ -451,15 +305,14 @@ class USFScheduler(NoiseLevelScheduler):
             log_snr = self._nodes(log_snr, times, mu)
             times = self.noise_schedule.timestep(log_snr[:-1])
         plan = preset_steps(self.config.preset, len(times), to_clean=bool(torch.isinf(log_snr[-1])))
-        self._solver = Solver(list(zip(*(v.tolist() for v in self.noise_schedule.levels(log_snr)))), plan)
+        levels = list(zip(*(v.tolist() for v in self.noise_schedule.levels(log_snr))))
+        self._solver = Solver(levels, plan, ems=self.ems, schedule=self.noise_schedule)
         return log_snr, times
 
     def _from_file(self, chosen: SolverSchedule) -> tuple[torch.Tensor, torch.Tensor]:
         if chosen.afs != "none" and self.noise_schedule.family == "flow":
             raise ValueError("flow pipelines cannot take an analytic first step: use a solver schedule with afs none")
-        self._solver = solver = Solver(
-            levels_of(chosen, self.noise_schedule), chosen.steps, chosen.afs, chosen.average_x0
-        )
+        self._solver = solver = compiled(chosen, self.noise_schedule, self.ems)
         log_snr = log_snr_of(chosen.times, self.noise_schedule)
         times = self.noise_schedule.timestep(log_snr[solver.calls])
         return torch.cat([log_snr[solver.calls], log_snr[-1:]]), times

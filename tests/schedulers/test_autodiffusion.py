@@ -398,7 +398,7 @@ def test_search_on_a_pipeline_with_a_budget_of_blocks(shapes_unet):
 
 def test_search_on_a_flow_pipeline(shapes_dit):
     found = TimestepSearch.for_pipeline(
-        shapes_dit, ["a red circle", "a blue star"], 3, fitness="gaussian_frechet", reference_steps=5,
+        shapes_dit, ["a red circle", "a blue star"], 3, size=64, fitness="gaussian_frechet", reference_steps=5,
         population=4, max_epochs=2,
     )  # fmt: skip
     best = found.run(progress=False)
@@ -407,4 +407,4 @@ def test_search_on_a_flow_pipeline(shapes_dit):
     with diffusers_ext.apply(shapes_dit, best):
         assert draw(shapes_dit, 3).isfinite().all()
     with pytest.raises(ValueError, match="fitness is 'fid'"):
-        TimestepSearch.for_pipeline(shapes_dit, ["a"], 3, fitness="fid")
+        TimestepSearch.for_pipeline(shapes_dit, ["a"], 3, fitness="fid", size=64)

@@ -8,17 +8,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 
-from diffusers_ext import SolverSchedule, SolverScheduleSearch, USFScheduler, solve_usf, zoo
+from diffusers_ext import EMS, SolverSchedule, SolverScheduleSearch, USFScheduler, solve_usf, zoo
+from diffusers_ext.schedulers import dpm_solver_v3
+from diffusers_ext.schedulers._ems import log_snr_span
+from diffusers_ext.schedulers._usf_predictor import SchedulePredictor
 from diffusers_ext.schedulers._usf_schedule import PRESETS, Derivative, Formula, Step, preset_steps
-from diffusers_ext.schedulers.usf_s3 import (
-    Solver,
-    levels_of,
-    log_snr_of,
-    phis,
-    pipeline_fitness,
-    times_of,
-    trajectory_fitness,
-)
+from diffusers_ext.schedulers._usf_solver import Solver, phis
+from diffusers_ext.schedulers.usf_s3 import levels_of, log_snr_of, pipeline_fitness, times_of, trajectory_fitness
 from diffusers_ext.zoo.analytic import AnalyticDenoiser, GaussianMixture, schedule
 
 
@@ -327,3 +323,186 @@ def test_search_on_a_pipeline_and_reload(shapes_unet, tmp_path):
     reloaded.scheduler.set_timesteps(best.calls)
     ours, theirs = (zoo.generate(p, ["a red circle"], best.calls, 1.0) for p in (shapes_unet, reloaded))
     assert torch.equal(ours, theirs)
+
+
+# prediction type of DPM-Solver-v3
+
+
+def waves(cells: int = 960) -> EMS:
+    """Statistics that are no special case, smooth in log-SNR and different per element.
+
+    At the noisy end they are those of data prediction: there the first steps, of low order, cost no accuracy.
+    """
+    grid = torch.linspace(*log_snr_span(LINEAR), cells + 1, dtype=torch.float64)
+    u, phase = (grid - grid[0])[:, None] / 5, torch.linspace(0, 2, 8, dtype=torch.float64)
+    part = 1 - torch.exp(-(u**2))
+    l, s, b = 1 - part * (0.4 - 0.3 * torch.sin(u + phase)), 0.3 * torch.cos(u - phase), 0.2 * torch.sin(2 * u + phase)
+    return EMS(grid, l, part * s, part * b)
+
+
+def on_grid(ems: EMS, n: int) -> list[tuple[float, float]]:
+    """Levels at grid points, from the noisiest to a point well before the clean end."""
+    cells = len(ems.log_snr) - 1
+    places = [round(cells * 0.6 * i / n) for i in range(n + 1)]
+    return list(zip(*(v.tolist() for v in LINEAR.levels(ems.log_snr[places].double()))))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_v3_presets_are_dpm_solver_v3_without_its_corrector(order):
+    ems = waves()
+    levels, options = on_grid(ems, 8), dpm_solver_v3.SolverOptions(order, use_corrector=False)
+    log_snr = torch.tensor([math.log(a / s) for a, s in levels], dtype=torch.float64)
+    other, history, x = dpm_solver_v3.Solver(ems, LINEAR, log_snr, options), dpm_solver_v3.History(), noise()
+    for i in range(8):
+        x, history = other.advance(history, x, MIXTURE.denoise(x, *other.levels[i]), i)
+    steps = preset_steps(f"v3_{order}m", 8, to_clean=False)
+    assert (run(levels, steps, noise(), ems=ems, schedule=LINEAR) - x).abs().max() < 1e-9
+
+
+def randomly(kind: str, seed: int = 0) -> list[Step]:
+    """Six steps with every other choice random."""
+    steps = []
+    for step in preset_steps("dpmpp_3m", 6, to_clean=False):
+        relaxed = [Derivative(d.points, None, 0.0) for d in step.formula.derivatives]
+        steps.append(Step(Formula(kind, -1, tuple(relaxed)), "pseudo" if len(steps) in (1, 3) else "none"))
+    return steps
+
+
+@pytest.mark.parametrize("kind, curves", [("data", (1.0, 0.0)), ("noise", (0.0, -1.0))])
+def test_v3_with_degenerate_statistics_is_data_or_noise_prediction(kind, curves):
+    ems = EMS.constant(*log_snr_span(LINEAR), 20000, *curves)
+    plain = run(nodes(6), randomly(kind), noise())
+    assert (run(nodes(6), randomly("v3"), noise(), ems=ems, schedule=LINEAR) - plain).abs().max() < 2e-3
+    assert (run(nodes(6), randomly("noise" if kind == "data" else "data"), noise()) - plain).abs().max() > 0.05
+
+
+def test_one_v3_step_is_exact_for_a_gaussian():
+    """With the closed-form statistics of Gaussian data, l = sigma^2 / (alpha^2 v + sigma^2), s = 0, b = -l' m."""
+    variance, mean = 0.09, 0.7
+    data = GaussianMixture.gaussian(torch.full((8,), mean), torch.full((8,), variance))
+    grid = torch.linspace(*log_snr_span(LINEAR), 1201, dtype=torch.float64).requires_grad_()
+    alpha, sigma = LINEAR.levels(grid)
+    l = sigma**2 / (alpha**2 * variance + sigma**2)
+    (slope,) = torch.autograd.grad(l.sum(), grid)
+    ems = EMS(grid.detach(), l.detach()[:, None], torch.zeros(1201, 1).double(), -slope[:, None] * mean)
+    levels, errors = on_grid(ems, 1), []
+    exact = data.ode(noise(), *levels)
+    for kind in ("v3", "data"):
+        solver = Solver(levels, [Step(Formula(kind, -1, ()))], ems=ems, schedule=LINEAR)
+        errors.append((solve_usf(solver, lambda y, i: data.denoise(y, *levels[i]), noise()) - exact).abs().max())
+    assert errors[0] < 1e-4 and errors[1] > 0.1
+
+
+@pytest.mark.parametrize("order, least", [(1, 0.9), (2, 1.7), (3, 2.6)])
+def test_order_of_convergence_with_statistics(order, least):
+    ems, counts, errors = waves(1920), (48, 96, 192) if order == 3 else (24, 48, 96), []
+    exact = MIXTURE.ode(noise(8), on_grid(ems, 24)[0], on_grid(ems, 24)[-1])
+    for n in counts:
+        steps = full_order("v3", order, n)
+        found = run(on_grid(ems, n), steps, noise(8), ems=ems, schedule=LINEAR)
+        errors.append((found - exact).norm(dim=1).median().item())
+    assert math.log(errors[0] / errors[-1]) / math.log(counts[-1] / counts[0]) >= least
+
+
+def test_coarse_statistics_are_refined_and_fine_ones_used_as_they_are():
+    coarse, fine = waves(30), waves(960)
+    solvers = [Solver(nodes(8), preset_steps("v3_2m", 8, False), ems=e, schedule=LINEAR) for e in (coarse, fine)]
+    cells = [len(s._statistics.ems.log_snr) - 1 for s in solvers]
+    assert cells[0] >= 64 * 8 and cells[1] == 960
+
+
+def test_v3_schedules_need_statistics_and_keep_them(tmp_path):
+    chosen = USFScheduler(final_sigmas_type="sigma_min").preset_schedule(5, "v3_2m")
+    assert chosen.to_dict()["prediction_types"] == ["dpmsolver_v3_prediction"] * 5
+    scheduler = USFScheduler(schedule=chosen.to_dict(), beta_schedule="linear")
+    with pytest.raises(ValueError, match="step 0: prediction v3 needs the statistics"):
+        scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="log-SNR"):
+        scheduler.load_ems(EMS.constant(-3, 3, 50))
+    scheduler.load_ems(waves())
+    scheduler.save_pretrained(tmp_path)
+    ends = []
+    for s in (scheduler, USFScheduler.from_pretrained(tmp_path)):
+        model, x = AnalyticDenoiser(MIXTURE, LINEAR), noise().float()
+        s.set_timesteps(5)
+        for t in s.timesteps:
+            x = s.step(model(x, t), t, x).prev_sample
+        ends.append(x)
+    assert torch.equal(*ends) and ends[0].isfinite().all()
+    plain = SolverSchedule(chosen.times, chosen.steps)
+    levels = levels_of(plain, scheduler.noise_schedule)
+    wanted = run(levels, plain.steps, noise(), ems=waves(), schedule=LINEAR)
+    assert (ends[0] - wanted).abs().max() < 2e-3
+    (tmp_path / "ems.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="USFScheduler.from_pretrained"):
+        USFScheduler.from_pretrained(tmp_path)
+
+
+def test_search_with_statistics_uses_them():
+    low, high = log_snr_span(LINEAR)
+    ems = EMS.constant(low, high, 300, 0.7, -0.2, 0.0)
+    scheduler = USFScheduler(final_sigmas_type="sigma_min")
+    starts = [scheduler.preset_schedule(4, "dpmpp_2m"), scheduler.preset_schedule(4, "v3_2m")]
+    x = noise(8)
+    levels = levels_of(starts[0], scheduler.noise_schedule)
+    end = MIXTURE.ode(x, levels[0], levels[-1])
+    fitness = trajectory_fitness(MIXTURE.denoise, scheduler.noise_schedule, x, end, ems)
+    found = SolverScheduleSearch(fitness, starts, 4, with_statistics=True)
+    found.run(25, progress=False)
+    mixed = {tuple(sorted({s.formula.prediction for s in chosen.steps})) for _, chosen in found.evaluated}
+    assert any("v3" in kinds and len(kinds) > 1 for kinds in mixed)
+    assert found.scored[0][0] <= min(fitness(s) for s in starts)
+    without = SolverScheduleSearch(lambda s: 0.0, starts[:1], 4)
+    without.run(25, progress=False)
+    assert "v3" not in {s.formula.prediction for _, chosen in without.evaluated for s in chosen.steps}
+
+
+# predictor
+
+
+def middle_time(schedule: SolverSchedule) -> float:
+    """A fitness that only a schedule's features decide: where its second point is, and how many correctors it has."""
+    return abs(schedule.times[1] - 0.5) + 0.1 * sum(s.corrector == "none" for s in schedule.steps)
+
+
+def test_predictor_ranks_schedules_that_it_has_not_seen():
+    drawn = SolverScheduleSearch(middle_time, search()[1], calls=5, seed=5)
+    drawn.run(160, progress=False)
+    schedules, scores = [s for _, s in drawn.evaluated], [v for v, _ in drawn.evaluated]
+    predictor = SchedulePredictor(0).fit(schedules[:120], scores[:120])
+    with torch.no_grad():
+        value = predictor(schedules[120:])
+    true = torch.tensor(scores[120:])
+    pairs = true[:, None] > true[None, :]
+    right = ((value[:, None] > value[None, :]) & pairs).sum() / pairs.sum()
+    assert right > 0.75
+    assert predictor.best(schedules[120:]) == schedules[120:][int(value.argmin())]
+    again = SchedulePredictor(0).fit(schedules[:120], scores[:120])
+    with torch.no_grad():
+        assert torch.equal(again(schedules[120:]), value)
+
+
+def test_screened_search_evaluates_better_candidates():
+    means = []
+    for screen in (1, 8):
+        found = SolverScheduleSearch(middle_time, search()[1], calls=5, seed=2, screen=screen, stage=15)
+        found.run(45, progress=False)
+        means.append(sum(v for v, _ in found.evaluated[15:]) / 30)
+    assert means[1] < means[0]
+
+
+def test_screened_search_resumes(tmp_path):
+    def fresh() -> SolverScheduleSearch:
+        return SolverScheduleSearch(middle_time, search()[1], calls=5, seed=2, screen=2, stage=8)
+
+    whole, first, second = fresh(), fresh(), fresh()
+    whole.run(22, progress=False)
+    first.run(13, progress=False)
+    first.save(tmp_path / "state.json")
+    second.load(tmp_path / "state.json")
+    second.run(9, progress=False)
+    assert second.evaluated == whole.evaluated
+    with pytest.raises(ValueError, match="screen 2"):
+        SolverScheduleSearch(middle_time, search()[1], calls=5).load(tmp_path / "state.json")
+    with pytest.raises(ValueError, match="screen is 0"):
+        SolverScheduleSearch(middle_time, search()[1], calls=5, screen=0)
