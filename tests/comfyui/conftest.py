@@ -198,13 +198,22 @@ def mixture():
 def scheduler_of(native_pipe):
     """`scheduler_of(make, name, **options)` -> a scheduler with exactly the noise levels of a ComfyUI model.
 
-    (diffusers multiplies betas up in float32.) It takes `shapes-dit` for flow matching and the others for epsilon.
+    It takes `shapes-dit` for flow matching and the others for epsilon.
     """
+    import torch
+
     from diffusers_ext.schedulers._native import native_schedule
 
     def build(make, name, **options):
-        scheduler = make(prediction_type="flow_prediction" if name == "shapes-dit" else "epsilon", **options)
-        scheduler.noise_schedule = native_schedule(native_pipe(name)[0].get_model_object("model_sampling"))
+        if name == "shapes-dit":
+            return make(prediction_type="flow_prediction", **options)
+        sampling = native_pipe(name)[0].get_model_object("model_sampling")
+        bar = 1 / (1 + sampling.sigmas.double() ** 2)
+        betas = 1 - bar / torch.cat([torch.ones(1), bar[:-1]])
+        scheduler = make(trained_betas=betas.tolist(), **options)
+        scheduler.noise_schedule = native_schedule(sampling)  # diffusers multiplies betas up in float32
+        if hasattr(scheduler, "_clock"):
+            scheduler._clock = type(scheduler._clock)(scheduler.noise_schedule)
         return scheduler
 
     return build

@@ -4,13 +4,9 @@ import pytest
 import torch
 
 from diffusers_ext import FreeParameterScheduler
-from diffusers_ext.prediction import from_x0
-from diffusers_ext.schedulers._native import native_schedule
-from diffusers_ext.zoo.analytic import GaussianMixture
 
 
 pytestmark = pytest.mark.comfy
-MIXTURE = GaussianMixture(torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)), variances=0.1)
 CUSTOM = {"n0": 14, "rho0": 6.0, "stop_index": 10, "time_rho": 1.2}
 
 
@@ -18,21 +14,19 @@ CUSTOM = {"n0": 14, "rho0": 6.0, "stop_index": 10, "time_rho": 1.2}
     "preset, steps, solver",
     [("sd15", 5, "euler"), ("sd15", 8, "dpmpp_2m"), ("custom", 10, "euler"), ("custom", 20, "dpmpp_2m")],
 )
-def test_same_latents_as_the_scheduler(comfy, dx_nodes, native_pipe, sample_analytic, preset, steps, solver):
-    model = native_pipe("shapes-unet")[0]
+def test_same_latents_as_the_scheduler(
+    comfy, dx_nodes, native_pipe, scheduler_of, solved, mixture, sample_analytic, preset, steps, solver
+):
     options = {"preset": preset, **(CUSTOM if preset == "custom" else {})}
-    scheduler = FreeParameterScheduler(**options, solver="first" if solver == "euler" else "2m")
-    scheduler.noise_schedule = native_schedule(model.get_model_object("model_sampling"))
+    kind = "first" if solver == "euler" else "2m"
+    scheduler = scheduler_of(FreeParameterScheduler, "shapes-unet", **options, solver=kind)
     scheduler.set_timesteps(steps)
+    model = native_pipe("shapes-unet")[0]
     sigmas = dx_nodes["DXFreeParameterSigmas"].execute(model, {**options, "steps": str(steps)}).result[0]
     assert torch.allclose(sigmas, scheduler.sigmas, rtol=1e-6) and sigmas[-1] > 0
-    x = noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    for i, t in enumerate(scheduler.timesteps):
-        alpha, sigma = scheduler._levels[i]
-        output = from_x0(MIXTURE.denoise(x, alpha, sigma), x.double(), alpha, sigma, "epsilon").float()
-        x = scheduler.step(output, t, x).prev_sample
-    native = sample_analytic(comfy.samplers.sampler_object(solver), sigmas, noise, MIXTURE)
-    assert (native * scheduler._levels[-1][0] - x).abs().max() < 1e-5
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    native = sample_analytic(comfy.samplers.sampler_object(solver), sigmas, noise, mixture)
+    assert (native * scheduler._levels[-1][0] - solved(scheduler, noise)).abs().max() < 1e-5
 
 
 def test_flow_models_are_refused(dx_nodes, native_pipe):

@@ -8,15 +8,13 @@ import torch
 from diffusers_ext import OLSSCoefficients, OLSSScheduler
 from diffusers_ext.prediction import from_x0
 from diffusers_ext.schedulers._native import native_schedule
-from diffusers_ext.zoo.analytic import GaussianMixture
 
 
 pytestmark = pytest.mark.comfy
-MIXTURE = GaussianMixture(torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)), variances=0.1)
 
 
 @pytest.fixture
-def fit_analytic(comfy, dx_nodes, native_pipe, sample_analytic, monkeypatch):
+def fit_analytic(comfy, native_pipe, mixture, sample_analytic):
     """`fit_analytic(name, steps, teacher_steps, ridge)` -> coefficients fitted through the node's own recording."""
     module = __import__("comfy_nodes.schedulers_olss", fromlist=["_fit"])
 
@@ -26,7 +24,7 @@ def fit_analytic(comfy, dx_nodes, native_pipe, sample_analytic, monkeypatch):
 
         class Guider:
             def sample(self, noise, latent, sampler, sigmas, seed):
-                return sample_analytic(sampler, sigmas, noise, MIXTURE, name)
+                return sample_analytic(sampler, sigmas, noise, mixture, name)
 
         latent = {"samples": torch.zeros(16, 4, 16, 16)}
         return module._fit(Guider(), latent, sigmas, steps, "search", ridge, 3), sigmas
@@ -36,7 +34,9 @@ def fit_analytic(comfy, dx_nodes, native_pipe, sample_analytic, monkeypatch):
 
 @pytest.mark.parametrize("steps", [5, 8, 10, 20])
 @pytest.mark.parametrize("name, prediction", [("shapes-unet", "epsilon"), ("shapes-dit", "flow_prediction")])
-def test_same_latents_as_the_scheduler(dx_nodes, native_pipe, sample_analytic, fit_analytic, name, prediction, steps):
+def test_same_latents_as_the_scheduler(
+    dx_nodes, native_pipe, mixture, sample_analytic, fit_analytic, name, prediction, steps
+):
     # fitted coefficients of an epsilon model magnify the rounding of ComfyUI's float32 samples (up to 15 in size)
     flow = prediction == "flow_prediction"
     fitted = fit_analytic(name, steps, 40)[0] if flow else euler_steps(native_pipe(name)[0], steps)
@@ -44,7 +44,7 @@ def test_same_latents_as_the_scheduler(dx_nodes, native_pipe, sample_analytic, f
     sigmas = dx_nodes["DXOLSSSigmas"].execute("", fitted).result[0]
     sampler = dx_nodes["DXOLSSSampler"].execute("", fitted).result[0]
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    native = sample_analytic(sampler, sigmas, noise, MIXTURE, name)
+    native = sample_analytic(sampler, sigmas, noise, mixture, name)
     scheduler = in_model_space(fitted, schedule, prediction)
     scheduler.set_timesteps(steps)
     x = noise
@@ -52,7 +52,7 @@ def test_same_latents_as_the_scheduler(dx_nodes, native_pipe, sample_analytic, f
         s = fitted.timesteps[i]
         alpha = 1 - s if prediction == "flow_prediction" else (1 + s * s) ** -0.5
         sigma = s if prediction == "flow_prediction" else s * alpha
-        output = from_x0(MIXTURE.denoise(x, alpha, sigma), x.double(), alpha, sigma, prediction).float()
+        output = from_x0(mixture.denoise(x, alpha, sigma), x.double(), alpha, sigma, prediction).float()
         x = scheduler.step(output, t, x).prev_sample
     assert (native - x).abs().max() < 1e-5
 
@@ -66,13 +66,13 @@ def euler_steps(model, steps) -> OLSSCoefficients:
     return OLSSCoefficients(tuple(range(steps)), tuple(chosen), (1.0,) * steps, rows, (), 1.0)
 
 
-def test_euler_written_as_olss_is_core_euler(comfy, dx_nodes, native_pipe, sample_analytic):
+def test_euler_written_as_olss_is_core_euler(comfy, dx_nodes, native_pipe, mixture, sample_analytic):
     steps = euler_steps(native_pipe("shapes-unet")[0], 8)
     sigmas = dx_nodes["DXOLSSSigmas"].execute("", steps).result[0]
     sampler = dx_nodes["DXOLSSSampler"].execute("", steps).result[0]
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    core = sample_analytic(comfy.samplers.sampler_object("euler"), sigmas, noise, MIXTURE)
-    assert (sample_analytic(sampler, sigmas, noise, MIXTURE) - core).abs().max() < 1e-5
+    core = sample_analytic(comfy.samplers.sampler_object("euler"), sigmas, noise, mixture)
+    assert (sample_analytic(sampler, sigmas, noise, mixture) - core).abs().max() < 1e-5
 
 
 def in_model_space(fitted, schedule, prediction) -> OLSSScheduler:
@@ -89,18 +89,20 @@ def in_model_space(fitted, schedule, prediction) -> OLSSScheduler:
 
 
 @pytest.mark.parametrize("name", ["shapes-unet", "shapes-dit"])
-def test_fitted_steps_are_nearer_to_the_teacher_than_euler(comfy, dx_nodes, sample_analytic, fit_analytic, name):
+def test_fitted_steps_are_nearer_to_the_teacher_than_euler(
+    comfy, dx_nodes, mixture, sample_analytic, fit_analytic, name
+):
     fitted, teacher = fit_analytic(name, 6, 40)
     sigmas = dx_nodes["DXOLSSSigmas"].execute("", fitted).result[0]
     sampler = dx_nodes["DXOLSSSampler"].execute("", fitted).result[0]
     noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(9))
     euler = comfy.samplers.sampler_object("euler")
-    goal = sample_analytic(euler, teacher, noise, MIXTURE, name)
-    ours = sample_analytic(sampler, sigmas, noise, MIXTURE, name)
-    plain = sample_analytic(euler, teacher[[0, 7, 14, 21, 28, 35, 40]], noise, MIXTURE, name)
+    goal = sample_analytic(euler, teacher, noise, mixture, name)
+    ours = sample_analytic(sampler, sigmas, noise, mixture, name)
+    plain = sample_analytic(euler, teacher[[0, 7, 14, 21, 28, 35, 40]], noise, mixture, name)
     assert (ours - goal).norm() < 0.5 * (plain - goal).norm()
     with pytest.raises(ValueError, match="OLSS Sigmas"):
-        sample_analytic(sampler, teacher, noise, MIXTURE, name)
+        sample_analytic(sampler, teacher, noise, mixture, name)
 
 
 def test_node_saves_inside_the_output_folder(comfy, dx_nodes, native_pipe, encode, monkeypatch, tmp_path):
