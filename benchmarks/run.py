@@ -1,20 +1,23 @@
-"""`python benchmarks/run.py <slug|all>`: measure a method beside its peers and file the result.
+"""`python benchmarks/run.py <slug|solvers|all>`: measure a method beside its peers and file the result.
 
 `benchmarks/<kind>.py` holds `bench(record, out_dir) -> dict` for every method of that kind, `benchmarks/<module>.py`
 for one that this comparison does not fit:
 
     {"columns": [...], "rows": [[...], ...], "notes": "...", "picture": Path}
 
-The runner adds the machine and writes `benchmarks/results/<slug>.json` and `docs/assets/methods/<slug>.png`.
+The runner adds the machine and writes `benchmarks/results/<slug>.json` and `docs/assets/methods/<slug>.png`. A joint
+comparison, `benchmarks/solvers.py`, holds `bench(out_dir)` and its picture is `docs/assets/solvers.png`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -26,27 +29,38 @@ from diffusers_ext.registry import MethodRecord, get_method, list_methods  # noq
 
 
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURES = ROOT / "docs" / "assets" / "methods"
+ASSETS = ROOT / "docs" / "assets"
 FIELDS = {"columns", "rows", "notes", "picture"}
+JOINT = ("solvers",)
 
 
 def measure(record: MethodRecord) -> dict:
-    """Run one benchmark and file its result; nothing is written unless all of it succeeded."""
+    """Run one method's benchmark and file its result."""
     own = record.module.rpartition(".")[2]
     name = own if (ROOT / "benchmarks" / f"{own}.py").is_file() else record.kind
     if not (ROOT / "benchmarks" / f"{name}.py").is_file():
         raise ValueError(f"no benchmark for methods of kind {name!r}: write benchmarks/{name}.py")
     bench = importlib.import_module(f"benchmarks.{name}").bench
+    return file_result(record.slug, functools.partial(bench, record), ASSETS / "methods")
+
+
+def compare(name: str) -> dict:
+    """Run one joint comparison and file its result."""
+    return file_result(name, importlib.import_module(f"benchmarks.{name}").bench, ASSETS)
+
+
+def file_result(name: str, bench: Callable[[Path], dict], assets: Path) -> dict:
+    """Run one benchmark and write its JSON and picture; nothing is written unless all of it succeeded."""
     with tempfile.TemporaryDirectory() as folder:
-        result = bench(record, Path(folder))
+        result = bench(Path(folder))
         missing = FIELDS - set(result)
         if missing:
-            raise ValueError(f"{name}.py returned no {', '.join(sorted(missing))} for {record.slug}")
-        PICTURES.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(result["picture"], PICTURES / f"{record.slug}.png")
+            raise ValueError(f"the benchmark of {name} returned no {', '.join(sorted(missing))}")
+        assets.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(result["picture"], assets / f"{name}.png")
     kept = {key: result[key] for key in ("columns", "rows", "notes")}
-    filed = {"slug": record.slug, **kept, "environment": environment()}
-    write_json(RESULTS / f"{record.slug}.json", filed)
+    filed = {"slug": name, **kept, "environment": environment()}
+    write_json(RESULTS / f"{name}.json", filed)
     return filed
 
 
@@ -61,12 +75,16 @@ def show(result: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure one method or all of them."""
+    """Measure one method, one joint comparison or all of both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("slug", nargs="?", default="all", help="method, or all (default)")
+    parser.add_argument("slug", nargs="?", default="all", help=f"method, {', '.join(JOINT)}, or all (default)")
     args = parser.parse_args(argv)
-    for record in list_methods() if args.slug == "all" else [get_method(args.slug)]:
+    joint = [name for name in JOINT if args.slug in ("all", name)]
+    records = list_methods() if args.slug == "all" else [] if joint else [get_method(args.slug)]
+    for record in records:
         show(measure(record))
+    for name in joint:
+        show(compare(name))
     return 0
 
 

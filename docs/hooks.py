@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import api  # noqa: E402
 
 
-MARKER = re.compile(r"<!-- (record|bench|cards|workflows):?([\w.-]*) -->")
+MARKER = re.compile(r"<!-- (record|bench|joint|cards|workflows):?([\w.-]*) -->")
 README_TABLE = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
 REPOSITORY = "https://github.com/diffusers-ext/diffusers-ext/blob/main/"
 
@@ -79,20 +79,35 @@ def facts(record: MethodRecord) -> str:
     return table(["", ""], rows) + picture
 
 
+def _result(name: str) -> dict[str, Any]:
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} has no benchmark result: run `diffusers-ext bench {name}`")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _source(name: str, environment: dict[str, Any]) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in environment.items())
+    return f"<small>Measured by `diffusers-ext bench {name}`: {machine}.</small>"
+
+
 def measured(record: MethodRecord) -> str:
     """Table of `benchmarks/results/<slug>.json` with the machine it was measured on, beside the paper's claim."""
-    path = ROOT / "benchmarks" / "results" / f"{record.slug}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{record.slug} has no benchmark result: run `diffusers-ext bench {record.slug}`")
-    result = json.loads(path.read_text(encoding="utf-8"))
-    claim, env = record.claim, result["environment"]
+    result, claim = _result(record.slug), record.claim
     picture = f"![{record.slug}, measured](../assets/methods/{record.slug}.png)\n\n"
-    machine = ", ".join(f"{key} {value}" for key, value in env.items())
     return (
         f"{picture}{table(result['columns'], result['rows'])}\n\n{result['notes']}\n\n"
         f"The paper reports: {claim.text}: {claim.value:g} {claim.unit} ({claim.setting}).\n\n"
-        f"<small>Measured by `diffusers-ext bench {record.slug}`: {machine}.</small>"
+        f"{_source(record.slug, result['environment'])}"
     )
+
+
+def joint(name: str) -> str:
+    """What a comparison of many methods found: notes, picture, table, machine."""
+    result = _result(name)
+    rows = table(result["columns"], result["rows"])
+    picture = f"![{name}, measured](assets/{name}.png)"
+    return f"{result['notes']}\n\n{picture}\n\n{rows}\n\n{_source(name, result['environment'])}"
 
 
 def card(model: str) -> str:
@@ -179,12 +194,13 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace `<!-- record:slug -->`, `<!-- bench:slug -->`, `<!-- cards -->` and `<!-- workflows -->`."""
+    """Replace `<!-- record:slug -->` and the other markers by what the catalogue and the results say."""
     if page.file.src_uri == "contributing.md":  # shows the markers to people
         return markdown
     render = {
         "record": lambda slug: facts(get_method(slug)),
         "bench": lambda slug: measured(get_method(slug)),
+        "joint": joint,
         "cards": lambda _: "\n\n".join(card(model) for model in zoo.names()),
         "workflows": lambda _: workflows(),
     }

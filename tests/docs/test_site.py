@@ -91,6 +91,18 @@ def test_method_page_has_facts_measurements_and_an_example(record):
     assert python_blocks(text), "an example that runs"
 
 
+def test_solvers_page_compares_every_scheduler(hooks, site):
+    """The rows come from the catalogue; Markdown and picture from the filed result."""
+    page = (site / "solvers" / "index.html").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "benchmarks" / "results" / "solvers.json").read_text(encoding="utf-8"))
+    assert "assets/solvers.png" in page and "<!-- joint:" not in page
+    assert all(row[2] in page for row in result["rows"])
+    assert {"DDIM", "DPM++ 2M", "DPM++ 2M Karras", "UniPC", "DEIS multistep", "Euler", "Heun"} <= {
+        row[2] for row in result["rows"] if row[0] == "shapes-unet"
+    }
+    assert hooks.joint("solvers").count("\n| ") >= len(result["rows"])
+
+
 def test_index_lists_every_method(site):
     page = (site / "methods" / "index.html").read_text(encoding="utf-8")
     assert all(f"../methods/{r.slug}/" in page or f'href="{r.slug}/"' in page for r in list_methods())
