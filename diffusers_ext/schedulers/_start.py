@@ -106,6 +106,12 @@ def begin_at(scheduler, step: int) -> torch.Tensor:
     return scheduler.timesteps[index:]
 
 
+def native_level(sampling, sigma: torch.Tensor) -> Level:
+    """Level of ComfyUI's samples at a noise level, from its `model_sampling`."""
+    one, zero, at = torch.ones(1).double(), torch.zeros(1).double(), sigma.double().reshape(1).cpu()
+    return tuple(sampling.noise_scaling(at, *pair).item() for pair in ((zero.clone(), one), (one.clone(), zero)))
+
+
 # --- the tail of a pipeline's run ---------------------------------------------------------------------------------
 
 
@@ -163,22 +169,23 @@ def _plan(pipe, scheduler, tokens: int, steps: int, kwargs: dict) -> None:
     scheduler.set_timesteps(**given)
 
 
-def call_from(pipe, make_start: Callable, step: int, prompt=None, num_inference_steps: int = 50, **kwargs):
+def call_from(pipe, make_start: Callable, step, prompt=None, num_inference_steps: int = 50, **kwargs):
     """Call a pipeline on latents at the beginning of `step` of its grid.
 
     Args:
         pipe: Stable Diffusion or Flux layout (others: pass `latents`).
         make_start: `(scheduler with its grid, unit noise) -> latents` at the level of `step`.
-        step: Steps to leave out.
+        step: Steps to leave out, or a function of the scheduler with its grid that tells them.
         prompt, num_inference_steps, kwargs: Of the pipeline. `latents` is unit noise.
     """
     scheduler, height, width = pipe.scheduler, kwargs.get("height"), kwargs.get("width")
-    pipe.scheduler = _Tail(scheduler, step)
+    pipe.scheduler = _Tail(scheduler, 0)
     try:
         noise = kwargs.pop("latents", None)
         if noise is None:
             noise, _ = starting_noise(pipe, count_of(prompt, kwargs), height, width, kwargs.get("generator"))
         _plan(pipe, scheduler, noise.shape[1], num_inference_steps, kwargs)
+        step = step(scheduler) if callable(step) else step
         start = make_start(scheduler, noise).to(noise.dtype)
         pipe.scheduler = _Tail(scheduler, step, node_levels(scheduler)[step])
         return pipe(prompt=prompt, num_inference_steps=num_inference_steps, latents=start, **kwargs)

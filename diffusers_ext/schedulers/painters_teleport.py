@@ -25,6 +25,7 @@ from ._start import (
     call_from,
     draw_latents,
     level_of_timestep,
+    native_level,
     node_levels,
     require_size,
     write_tensors,
@@ -398,11 +399,8 @@ def teleport_native(statistics: GaussianStatistics, sampling, noise: torch.Tenso
     if not 0 < skip < len(sigmas) - 1:
         raise ValueError(f"skip is {skip}; with {len(sigmas) - 1} steps it must be 1 to {len(sigmas) - 2}")
 
-    def mixed(sigma: torch.Tensor, noise: torch.Tensor, clean: torch.Tensor, pure: bool = False) -> torch.Tensor:
-        return sampling.noise_scaling(sigma.double().reshape(1).cpu(), noise.clone(), clean, pure)
-
-    first, last, one, zero = sigmas[0], sigmas[skip], torch.ones(1).double(), torch.zeros(1).double()
-    pure = float(first) >= float(sampling.sigma_max) * (1 - 1e-5)
-    source, target = (tuple(mixed(s, *pair).item() for pair in ((zero, one), (one, zero))) for s in (first, last))
-    x = mixed(first, noise.double(), torch.zeros_like(noise, dtype=torch.float64), pure)
+    source, target = native_level(sampling, sigmas[0]), native_level(sampling, sigmas[skip])
+    pure = float(sigmas[0]) >= float(sampling.sigma_max) * (1 - 1e-5)  # ComfyUI's own test
+    first, clean = sigmas[:1].double().cpu(), torch.zeros_like(noise, dtype=torch.float64)
+    x = sampling.noise_scaling(first, noise.double(), clean, pure)
     return (statistics.solve(x, source, target) / target[0]).to(noise.dtype)
