@@ -25,7 +25,6 @@ from diffusers_ext.registry import MethodRecord
 INTERVALS = (2, 3, 5)
 RATIOS = (0.75, 0.5, 0.25)
 THRESHOLDS = (0.1, 0.2, 0.4)
-TIMED_PICTURES = 4
 COLUMNS = ["Model", "Setting", "MACs", "Time", "PSNR to uncached", "Judge: all attributes"]
 
 
@@ -43,11 +42,12 @@ class Size:
 
     steps: int
     pictures: int
+    timed_pictures: int
     timed_steps: int
 
     @classmethod
     def of(cls, record: MethodRecord) -> Size:
-        return cls(50, 32, 25) if "unet" in record.targets else cls(20, 16, 20)
+        return cls(50, 32, 4, 25) if "unet" in record.targets else cls(20, 16, 2, 20)
 
 
 def _configs(record: MethodRecord) -> dict[str, Any]:
@@ -55,6 +55,8 @@ def _configs(record: MethodRecord) -> dict[str, Any]:
     fields = record.public.__dataclass_fields__
     if "cache_interval" in fields:
         return {f"N = {n}": record.public(cache_interval=n) for n in INTERVALS}
+    if "key_steps" in fields:
+        return {f"key steps {k}": record.public(key_steps=k) for k in (2, "50ls", 8)}
     if "sample_ratio" in fields:
         return {f"{ratio:.0%} of the tokens": record.public(sample_ratio=ratio) for ratio in RATIOS}
     return {"default": record.public()}
@@ -145,7 +147,7 @@ def zoo_rows(record: MethodRecord, pictures: dict[str, torch.Tensor]) -> Iterato
 
     reference = pictures["uncached"] = draw()
     yield [name, "uncached", "1", "1", "", judged(reference)]
-    short = _denoise_only(pipe, list(scenes.captions[:TIMED_PICTURES]), size.timed_steps)
+    short = _denoise_only(pipe, list(scenes.captions[: size.timed_pictures]), size.timed_steps)
     for setting in settings_of(record):
         with setting.turned_on(pipe):
             images = draw()
@@ -198,6 +200,18 @@ def real_size_rows(record: MethodRecord) -> Iterator[list[Any]]:
             name = setting.name.replace("N = 2", f"N = {n}")
             macs, seconds = ((1 + (n - 1) * share) / n for share in (shallow / full, timing.ratio))
             yield ["SD 1.5 size, random weights", name, f"{macs:.3f}", f"{seconds:.3f}", "", ""]
+
+
+def key_step_rows(record: MethodRecord) -> Iterator[list[Any]]:
+    """MACs of runs on a UNet of Stable Diffusion 1.5's size, from one call at a key step and one in between."""
+    pipe, call = _stable_diffusion("meta")
+    total = len(pipe.scheduler.timesteps)
+    with diffusers_ext.apply(pipe, record.public(key_steps=total)):
+        full, reused = count_macs(call), count_macs(call)
+    for name, config in _configs(record).items():
+        keys = sum(config.is_key_step(i, total) for i in range(total))
+        share = (keys + (total - keys) * reused / full) / total
+        yield ["SD 1.5 size, random weights", name, f"{share:.3f}", "", "", ""]
 
 
 def _pixart(device: str) -> tuple[Any, Callable[[], None]]:
@@ -269,10 +283,16 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
     rows = list(zoo_rows(record, pictures))
     notes = (
         f"Shapes model: {size.pictures} held-out captions, {size.steps} steps, guidance 3; MACs and time of whole "
-        f"pipeline calls with {TIMED_PICTURES} pictures and {size.timed_steps} steps. MACs and Time are shares of the "
-        "uncached run; time is processor time, the median of interleaved pairs with their smallest and largest."
+        f"pipeline calls with {size.timed_pictures} pictures and {size.timed_steps} steps. MACs and Time are shares "
+        "of the uncached run; time is processor time, the median of interleaved pairs with their smallest and largest."
     )
-    if "unet" in record.targets:
+    if "key_steps" in record.public.__dataclass_fields__:
+        rows += key_step_rows(record)
+        notes += (
+            " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1; MACs of one call with and one "
+            "without the encoder on the meta device, a run of 50 steps computed from them."
+        )
+    elif "unet" in record.targets:
         rows += real_size_rows(record)
         notes += (
             " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1, UNet calls only; one full and one "
