@@ -23,7 +23,6 @@ from diffusers_ext.registry import MethodRecord
 
 
 INTERVALS = (2, 3, 5)
-RATIOS = (0.75, 0.5, 0.25)
 THRESHOLDS = (0.1, 0.2, 0.4)
 COLUMNS = ["Model", "Setting", "MACs", "Time", "PSNR to uncached", "Judge: all attributes"]
 
@@ -51,14 +50,12 @@ class Size:
 
 
 def _configs(record: MethodRecord) -> dict[str, Any]:
-    """Three strengths, weakest first: by interval or by share of the tokens where the method has one."""
+    """Three strengths, weakest first: by interval where the method has one, else its default alone."""
     fields = record.public.__dataclass_fields__
     if "cache_interval" in fields:
         return {f"N = {n}": record.public(cache_interval=n) for n in INTERVALS}
     if "key_steps" in fields:
         return {f"key steps {k}": record.public(key_steps=k) for k in (2, "50ls", 8)}
-    if "sample_ratio" in fields:
-        return {f"{ratio:.0%} of the tokens": record.public(sample_ratio=ratio) for ratio in RATIOS}
     return {"default": record.public()}
 
 
