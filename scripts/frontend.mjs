@@ -62,6 +62,9 @@ async function openPage(browser, problems) {
   await page.waitForFunction(() => Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100 &&
     window.app?.extensionManager && document.querySelector('#graph-canvas') && !document.querySelector('#splash-loader'),
   null, { timeout: TIMEOUT })
+  // The page starts with a graph of its own and looks for its models, which are not here: let it finish, and clear it.
+  await page.waitForLoadState('networkidle', { timeout: TIMEOUT })
+  await page.evaluate(() => window.app.loadGraphData({ version: 0.4, nodes: [], links: [] }))
   await page.waitForTimeout(1000)
   return page
 }
@@ -134,7 +137,13 @@ async function screenshot(page, file) {
 async function run(page, job, problems) {
   const result = { name: job.name, problems: [], prompt: null }
   try {
-    result.problems.push(...await load(page, job))
+    let found = await load(page, job)
+    if (found.length) {
+      // On a busy machine the page may still complain about the graph before this one; a real fault comes back.
+      await page.waitForTimeout(3000)
+      found = await load(page, job)
+    }
+    result.problems.push(...found)
     if (job.save) fs.writeFileSync(job.save, JSON.stringify(await serialize(page, job), null, 2) + '\n')
     result.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
     if (job.screenshot) await screenshot(page, job.screenshot)
