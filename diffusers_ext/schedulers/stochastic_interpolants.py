@@ -212,10 +212,10 @@ def check_options(profile: str, scale: float, integrator: str, clip: float | Non
         predictions=("flow_prediction",),
         nodes=("DXFlowSDESampler",),
         claim=Claim(
-            text="Change of the samples' distribution by the diffusion e(t) >= 0",
+            text="Samples keep their distribution for every diffusion e(t) >= 0",
             setting="theorem: exact velocity, continuous time; the paper has no benchmark score",
             value=0,
-            unit="",
+            unit="change",
         ),
     )
 )

@@ -254,7 +254,7 @@ def test_invalid_files(tmp_path):
         USFScheduler(preset="euler")
 
 
-def search(seed: int = 0, n: int = 16) -> tuple[SolverScheduleSearch, list[SolverSchedule]]:
+def search(seed: int = 0, n: int = 16, screen: int = 1) -> tuple[SolverScheduleSearch, list[SolverSchedule]]:
     scheduler = USFScheduler(final_sigmas_type="sigma_min")
     presets = [
         USFScheduler(final_sigmas_type="sigma_min", skip_type=skip).preset_schedule(5, name)
@@ -262,7 +262,8 @@ def search(seed: int = 0, n: int = 16) -> tuple[SolverScheduleSearch, list[Solve
         for skip in ("logSNR", "time_uniform")
     ]
     fitness = fitness_on(scheduler, 1, n)
-    return SolverScheduleSearch(fitness, presets, calls=5, seed=seed, analytic_first_step=True), presets
+    options = {"seed": seed, "screen": screen, "analytic_first_step": True}
+    return SolverScheduleSearch(fitness, presets, calls=5, **options), presets
 
 
 def fitness_on(scheduler, seed: int, n: int = 64):
@@ -272,7 +273,7 @@ def fitness_on(scheduler, seed: int, n: int = 64):
 
 
 def test_search_beats_the_best_preset():
-    found, presets = search(n=192)
+    found, presets = search(n=192, screen=4)
     best = found.run(200, progress=False)
     held_out = fitness_on(USFScheduler(final_sigmas_type="sigma_min"), 77, 256)
     assert best.calls <= 5
