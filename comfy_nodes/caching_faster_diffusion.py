@@ -221,7 +221,7 @@ def sample_faster_diffusion(
     before_model=False,
 ):
     """Euler's method (DDIM without noise) that decodes several steps in one batch and adds some initial noise late."""
-    from diffusers_ext.caching.faster_diffusion import injected
+    from diffusers_ext.caching.faster_diffusion_sampling import injected
 
     base = model.inner_model.inner_model
     _require_unet(base.diffusion_model)

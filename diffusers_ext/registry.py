@@ -133,8 +133,8 @@ def list_methods(family: str | None = None, kind: str | None = None) -> list[Met
 
     Example:
         >>> import diffusers_ext
-        >>> [m.slug for m in diffusers_ext.list_methods(kind="cache")]
-        ['deepcache', 'delta-dit', 'faster-diffusion']
+        >>> "deepcache" in [m.slug for m in diffusers_ext.list_methods(kind="cache")]
+        True
     """
     for path in _method_modules():
         if "@register(" in path.read_text(encoding="utf-8"):

@@ -92,17 +92,18 @@ class ScaledQueries(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            args, kwargs = self._scaled(args, kwargs, 0, "query", lambda key: key.shape[-2])
+            args, kwargs = self._scaled(args, kwargs, 0, ("query", "key"), -2)
         elif func is torch.baddbmm:  # logits of the processors that write the softmax out
-            args, kwargs = self._scaled(args, kwargs, 1, "batch1", lambda key: key.shape[-1])
+            args, kwargs = self._scaled(args, kwargs, 1, ("batch1", "batch2"), -1)
         return func(*args, **kwargs)
 
-    def _scaled(self, args: tuple, kwargs: dict, place: int, name: str, keys_of: Callable) -> tuple[tuple, dict]:
-        names = {"query": "key", "batch1": "batch2"}
+    def _scaled(self, args: tuple, kwargs: dict, place: int, names: tuple[str, str], keys: int) -> tuple[tuple, dict]:
+        """The arguments with scaled queries. `keys` is the dimension of the key tensor that counts the keys."""
+        name, key_name = names
         query = kwargs[name] if name in kwargs else args[place]
-        key = kwargs[names[name]] if names[name] in kwargs else args[place + 1]
+        key = kwargs[key_name] if key_name in kwargs else args[place + 1]
         self.seen += 1
-        scaled = query * self.factor(query.shape[-2], keys_of(key))
+        scaled = query * self.factor(query.shape[-2], key.shape[keys])
         if name in kwargs:
             return args, {**kwargs, name: scaled}
         return (*args[:place], scaled, *args[place + 1 :]), kwargs

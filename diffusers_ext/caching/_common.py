@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -13,7 +14,10 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
+from ..eval.macs import count_macs
 
+
+logger = logging.getLogger(__name__)
 PREFIX = "diffusers_ext."
 _RESET = "_reset_stateful_cache"
 _SAMPLE = ("sample", "hidden_states")
@@ -43,6 +47,27 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_tensors(value, found.append)
     return found
+
+
+def outlines(value: Any) -> Any:
+    """The same tuples, lists and dicts with tensors on the meta device: shapes and types without numbers."""
+    return map_tensors(value, lambda t: torch.empty_like(t, device="meta"))
+
+
+def macs_on_meta(model: torch.nn.Module, arguments: tuple[tuple, dict]) -> int:
+    """MACs of one call of `model` with the shapes of `arguments` = (args, kwargs), counted on the meta device."""
+    state = outlines({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    args, kwargs = outlines(arguments)
+    return count_macs(torch.func.functional_call, model, state, args, kwargs)
+
+
+def macs_or_warning(count: Callable[[torch.nn.Module], dict[str, int]], model: torch.nn.Module) -> dict[str, int]:
+    """`count(model)`, or nothing with a warning for models that cannot run on the meta device (offloaded ones)."""
+    try:
+        return count(model)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        logger.warning("operations were not counted: %s", error)
+        return {}
 
 
 def _memory(tensor: torch.Tensor) -> tuple:

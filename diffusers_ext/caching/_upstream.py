@@ -7,7 +7,6 @@ kind of call for the caches that keep only one, figures, and removal without a t
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
 import logging
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import hooks as upstream
-from diffusers.hooks.hooks import CacheContext, HookFunctionReference, ModelHook, StateManager
+from diffusers.hooks.hooks import CacheContext, StateManager
 
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..eval.macs import macs_by_module
@@ -36,8 +35,8 @@ from ._common import (
     map_tensors,
     stateful_hooks,
     tensors_in,
-    unregister,
 )
+from ._upstream_members import KINDS, Kind, Member, install_hooks, uninstall_hooks
 
 
 logger = logging.getLogger(__name__)
@@ -50,159 +49,6 @@ _CONTROL = (
 )
 # What TaylorSeer hooks where its own patterns, which end in "attn", match nothing: PixArt, DiT, Sana, Wan, UNets.
 _ATTENTION = r"(.*\.)?(transformer_)?blocks\.\d+\.attn\d*"
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """One of diffusers' caches: how it is applied, and what it cannot do."""
-
-    slug: str
-    title: str
-    arxiv: str
-    apply: Callable[[torch.nn.Module, Any], None]
-    skips_blocks: bool = False
-    needs_time: bool = False
-
-    @functools.cached_property
-    def record(self) -> MethodRecord:
-        return MethodRecord(
-            slug=self.slug,
-            family="caching",
-            kind="cache",
-            title=self.title,
-            arxiv=self.arxiv,
-            summary=f"{self.title}, diffusers' own",
-            targets=("any",),
-            predictions=("epsilon", "v_prediction", "sample", "flow_prediction"),
-            nodes=(),
-            claim=None,  # not a method of this package
-        )
-
-
-_KINDS = {
-    upstream.FirstBlockCacheConfig: _Kind(
-        "first-block-cache", "First Block Cache", "2411.19108", upstream.apply_first_block_cache, skips_blocks=True
-    ),
-    upstream.TaylorSeerCacheConfig: _Kind(
-        "taylorseer-cache", "TaylorSeer", "2503.06923", upstream.apply_taylorseer_cache
-    ),
-    upstream.MagCacheConfig: _Kind("mag-cache", "MagCache", "2506.09045", upstream.apply_mag_cache, skips_blocks=True),
-    upstream.PyramidAttentionBroadcastConfig: _Kind(
-        "pyramid-attention-broadcast",
-        "Pyramid Attention Broadcast",
-        "2408.12588",
-        upstream.apply_pyramid_attention_broadcast,
-        needs_time=True,
-    ),
-    upstream.FasterCacheConfig: _Kind(
-        "faster-cache", "FasterCache", "2410.19355", upstream.apply_faster_cache, needs_time=True
-    ),
-    upstream.SeaCacheConfig: _Kind("sea-cache", "SeaCache", "2602.18993", upstream.apply_sea_cache, skips_blocks=True),
-}
-
-
-class _Probe:
-    """Stands in for the forward below one of diffusers' hooks and notes whether it ran, and on how large a batch."""
-
-    def __init__(self, forward: Callable, fill: tuple[int, Any] | None = None):
-        self.forward, self.fill = forward, fill
-        self.ran, self.batch = False, 0
-
-    def __call__(self, *args, **kwargs):
-        self.ran, self.batch = True, tensors_in([args, kwargs])[0].shape[0]
-        output = self.forward(*args, **kwargs)
-        if self.fill is None or not isinstance(output, tuple) or output[self.fill[0]] is not None:
-            return output
-        # The last block of SD3 returns no text, of which upstream would take a difference. Nobody reads it.
-        index, metadata = self.fill
-        text = metadata._get_parameter_from_args_kwargs("encoder_hidden_states", args, kwargs)
-        return tuple(text if i == index else item for i, item in enumerate(output))
-
-
-@dataclass
-class _Member:
-    """A module under one of diffusers' hooks."""
-
-    path: str
-    module: torch.nn.Module
-    hook: ModelHook
-    name: str
-    reference: HookFunctionReference
-    original: Callable | None = None
-    probe: _Probe | None = None
-
-    def watch(self) -> None:
-        """Put the probe below the hook."""
-        self.original = self.reference.original_forward
-        if self.original is None:
-            return
-        metadata = getattr(self.hook, "_metadata", None)
-        index = getattr(metadata, "return_encoder_hidden_states_index", None)
-        self.probe = _Probe(self.original, None if index is None else (index, metadata))
-        self.reference.original_forward = self.probe
-
-    def remove(self) -> None:
-        if self.probe is not None and self.reference.original_forward is self.probe:
-            self.reference.original_forward = self.probe.forward
-        unregister(self.module, self.name)
-
-
-def _hooked(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    for path, module in model.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for name in registry.hooks if registry else ():
-            yield path, module, name
-
-
-def _install(model: torch.nn.Module, config: Any, kind: _Kind) -> list[_Member]:
-    """Apply diffusers' cache; all or nothing.
-
-    Returns:
-        The modules it has hooked.
-    """
-    before = {(path, name) for path, _, name in _hooked(model)}
-    bare = [m for m in model.modules() if not hasattr(m, "_diffusers_hook")]
-    try:
-        kind.apply(model, config)
-    except BaseException as error:
-        _uninstall(_members(model, before), bare)
-        if isinstance(error, (IndexError, ValueError)):
-            raise ValueError(_unsupported(model, kind, str(error))) from error
-        raise
-    members = _members(model, before)
-    if all(member.module is model for member in members):
-        _uninstall(members, bare)
-        raise ValueError(_unsupported(model, kind, "none of its modules match"))
-    for member in members:
-        member.watch()
-    return members
-
-
-def _unsupported(model: torch.nn.Module, kind: _Kind, reason: str) -> str:
-    needs = "a list of at least two transformer blocks that diffusers knows" if kind.skips_blocks else "attention"
-    return (
-        f"{kind.title} cannot run on {type(model).__name__} ({reason}): it needs {needs}, as in Flux, SD3, PixArt, "
-        "DiT, Sana or Wan, or other patterns in its config. For a UNet use DeepCacheConfig"
-    )
-
-
-def _members(model: torch.nn.Module, before: set[tuple[str, str]]) -> list[_Member]:
-    members = []
-    for path, module, name in _hooked(model):
-        if (path, name) not in before:
-            registry = module._diffusers_hook
-            reference = registry._fn_refs[registry._hook_order.index(name)]
-            members.append(_Member(path, module, registry.hooks[name], name, reference))
-    return members
-
-
-def _uninstall(members: list[_Member], bare: list[torch.nn.Module]) -> None:
-    for member in reversed(members):
-        member.remove()
-    for module in bare:
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and not registry.hooks:
-            del module._diffusers_hook
 
 
 @dataclass
@@ -276,7 +122,7 @@ class _OnMeta(torch.nn.Module):
 class _RootHook(RunHook[_Call]):
     """On the denoiser, around diffusers' own hooks: gives each kind of call its states and keeps count."""
 
-    def __init__(self, config: Any, kind: _Kind, members: list[_Member], clock: _Clock):
+    def __init__(self, config: Any, kind: Kind, members: list[Member], clock: _Clock):
         tokens = itertools.count()
         super().__init__(RunTracker(lambda: _Call(f"{_HOOK}.{next(tokens)}")))
         self.config, self.kind, self.members, self.clock = config, kind, members, clock
@@ -438,15 +284,15 @@ class UpstreamCache(MethodConfig):
     config: Any
 
     def __post_init__(self) -> None:
-        if type(self.config) not in _KINDS:
-            known = ", ".join(kind.__name__ for kind in _KINDS)
+        if type(self.config) not in KINDS:
+            known = ", ".join(kind.__name__ for kind in KINDS)
             raise TypeError(
                 f"{type(self.config).__name__} of diffusers is not a method config of apply(); accepted: {known}"
             )
 
     @property
-    def kind(self) -> _Kind:
-        return _KINDS[type(self.config)]
+    def kind(self) -> Kind:
+        return KINDS[type(self.config)]
 
     @property
     def method(self) -> MethodRecord:  # type: ignore[override]
@@ -464,7 +310,7 @@ class UpstreamCache(MethodConfig):
         _require_signature(model)
         self._require_layout(model)
         bare = [m for m in model.modules() if not hasattr(m, "_diffusers_hook")]
-        _uninstall(_install(model, self._resolved(model, _Clock(target, None)), self.kind), bare)
+        uninstall_hooks(install_hooks(model, self._resolved(model, _Clock(target, None)), self.kind), bare)
         return _warnings(self.config, self.kind, num_inference_steps) if num_inference_steps else ()
 
     def attach(self, target: Any) -> Attachment:
@@ -472,20 +318,20 @@ class UpstreamCache(MethodConfig):
         bare = [m for m in model.modules() if not hasattr(m, "_diffusers_hook")]
         clock = _Clock(target, getattr(self.config, "current_timestep_callback", None))
         config = self._resolved(model, clock)
-        members = _install(model, config, self.kind)
+        members = install_hooks(model, config, self.kind)
         try:
             root = _RootHook(config, self.kind, members, clock)
             undo = install(model, [(model, root)], _HOOK)
         except BaseException:
-            _uninstall(members, bare)
+            uninstall_hooks(members, bare)
             raise
 
         def remove() -> None:
             root.reset_state(model)
             root.paused = True
-            _uninstall(members, [])
+            uninstall_hooks(members, [])
             undo()
-            _uninstall([], bare)
+            uninstall_hooks([], bare)
 
         return Attachment(remove, lambda: root.figures(model))
 
@@ -541,7 +387,7 @@ def _require_signature(model: torch.nn.Module) -> None:
         )
 
 
-def _warnings(config: Any, kind: _Kind, steps: int) -> tuple[str, ...]:
+def _warnings(config: Any, kind: Kind, steps: int) -> tuple[str, ...]:
     """What a run of `steps` steps will not get out of the cache."""
     idle = steps < 2
     if isinstance(config, upstream.TaylorSeerCacheConfig):

@@ -15,7 +15,6 @@ from diffusers.hooks import ModelHook
 from diffusers.models.unets import unet_2d_blocks
 
 from ..apply import Attachment, MethodConfig, denoiser_of
-from ..eval.macs import count_macs
 from ..registry import Claim, MethodRecord, register
 from ._common import (
     PREFIX,
@@ -23,7 +22,10 @@ from ._common import (
     RunHook,
     RunTracker,
     install,
+    macs_on_meta,
+    macs_or_warning,
     map_tensors,
+    outlines,
     refuse_fused_qkv,
     refuse_other_caches,
     tensors_in,
@@ -194,7 +196,7 @@ class _RootHook(RunHook[_Store]):
     def begin_run(self, args: tuple, kwargs: dict) -> None:
         self.computed = self.reused = 0
         self.changes = []
-        self.arguments = map_tensors((args, kwargs), lambda t: torch.empty_like(t, device="meta"))
+        self.arguments = outlines((args, kwargs))
 
     def begin_call(self, position: Position[_Store]) -> None:
         self.store = position.state
@@ -219,14 +221,11 @@ class _RootHook(RunHook[_Store]):
 
     def macs(self, unet: torch.nn.Module) -> dict[str, int]:
         """MACs of a full and of a reused call with the last run's shapes, counted on the meta device."""
-        parameters = {**dict(unet.named_parameters()), **dict(unet.named_buffers())}
-        parameters = map_tensors(parameters, lambda t: torch.empty_like(t, device="meta"))
         counts = {}
         self.paused, self.shared.step = True, _Step()
         try:
             for name, self.shared.reuse in (("full", False), ("reused", True)):
-                args, kwargs = map_tensors(self.arguments, torch.empty_like)
-                counts[name] = count_macs(torch.func.functional_call, unet, parameters, args, kwargs)
+                counts[name] = macs_on_meta(unet, self.arguments)
         finally:
             self.paused = False
             self._release()
@@ -392,19 +391,15 @@ def _hooks(
 
 
 def _summary(root: _RootHook, unet: torch.nn.Module) -> dict[str, Any]:
-    """Figures of the last run. MACs are left out for models that cannot run on the meta device (offloaded ones)."""
+    """Figures of the last run."""
     figures: dict[str, Any] = {"computed": root.computed, "reused": root.reused}
     calls = root.computed + root.reused
     if not calls:
         return figures
     figures["feature_change"] = [float(change) for change in root.changes]
-    try:
-        macs = root.macs(unet)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        logger.warning("deepcache: operations were not counted, %s", error)
-        return figures
-    figures["macs_full_call"], figures["macs_reused_call"] = macs["full"], macs["reused"]
-    figures["macs_saved"] = root.reused / calls * (1 - macs["reused"] / macs["full"])
+    if macs := macs_or_warning(root.macs, unet):
+        figures["macs_full_call"], figures["macs_reused_call"] = macs["full"], macs["reused"]
+        figures["macs_saved"] = root.reused / calls * (1 - macs["reused"] / macs["full"])
     return figures
 
 

@@ -18,9 +18,19 @@ from diffusers.hooks._common import _SPATIAL_TRANSFORMER_BLOCK_IDENTIFIERS, _TEM
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
 from ..apply import Attachment, MethodConfig, denoiser_of
-from ..eval.macs import count_macs
 from ..registry import Claim, MethodRecord, register
-from ._common import PREFIX, Position, RunHook, RunTracker, install, map_tensors, refuse_other_caches, steps_of
+from ._common import (
+    PREFIX,
+    Position,
+    RunHook,
+    RunTracker,
+    install,
+    macs_on_meta,
+    macs_or_warning,
+    outlines,
+    refuse_other_caches,
+    steps_of,
+)
 
 
 __all__ = ["DeltaDiTConfig"]
@@ -219,7 +229,7 @@ class _RootHook(RunHook[Store]):
     def begin_run(self, args: tuple, kwargs: dict) -> None:
         self.plan = self.config.plan(self.blocks, steps_of(self.target))
         self.computed, self.reused, self.changes = 0, {}, []
-        self.arguments = map_tensors((args, kwargs), lambda t: torch.empty_like(t, device="meta"))
+        self.arguments = outlines((args, kwargs))
 
     def begin_call(self, position: Position[Store]) -> None:
         self.store = position.state
@@ -245,22 +255,16 @@ class _RootHook(RunHook[Store]):
 
     def macs(self, model: torch.nn.Module) -> dict[str, int]:
         """MACs of a full call (under "full") and of calls that reuse each span, counted on the meta device."""
-        state = map_tensors({**dict(model.named_parameters()), **dict(model.named_buffers())}, _on_meta)
-        args, kwargs = self.arguments
         full = Call(self.plan.bounds, None, tuple(self.reused), {})
         counts, self.paused = {}, True
         try:
             for call in (full, *(Call(self.plan.bounds, name, (), full.deltas) for name in self.reused)):
                 self.shared.call = call
-                counts[call.reused or "full"] = count_macs(torch.func.functional_call, model, state, args, kwargs)
+                counts[call.reused or "full"] = macs_on_meta(model, self.arguments)
         finally:
             self.paused = False
             self._release()
         return counts
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device="meta")
 
 
 def _relative(new: Streams, old: Streams) -> torch.Tensor:
@@ -445,7 +449,7 @@ def _hooks(
 
 
 def _summary(root: _RootHook, model: torch.nn.Module) -> dict[str, Any]:
-    """Figures of the last run. MACs are left out for models that cannot run on the meta device (offloaded ones)."""
+    """Figures of the last run."""
     reused = sum(root.reused.values())
     figures: dict[str, Any] = {"computed": root.computed, "reused": reused}
     if not root.computed:
@@ -453,13 +457,9 @@ def _summary(root: _RootHook, model: torch.nn.Module) -> dict[str, Any]:
     skipped = sum((stop - start) * root.reused.get(n, 0) for n, (start, stop) in root.plan.bounds.items())
     figures["blocks_run"] = (root.computed + reused) * root.blocks - skipped
     figures["delta_change"] = [float(value) for value in root.changes]
-    try:
-        macs = root.macs(model)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        logger.warning("delta-dit: operations were not counted, %s", error)
-        return figures
-    figures["macs_full_call"] = macs["full"]
-    figures["macs_reused_call"] = {name: macs[name] for name in root.reused}
-    saved = sum(count * (macs["full"] - macs[name]) for name, count in root.reused.items())
-    figures["macs_saved"] = saved / (macs["full"] * (root.computed + reused))
+    if macs := macs_or_warning(root.macs, model):
+        figures["macs_full_call"] = macs["full"]
+        figures["macs_reused_call"] = {name: macs[name] for name in root.reused}
+        saved = sum(count * (macs["full"] - macs[name]) for name, count in root.reused.items())
+        figures["macs_saved"] = saved / (macs["full"] * (root.computed + reused))
     return figures

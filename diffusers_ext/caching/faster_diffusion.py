@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.callbacks import PipelineCallback
 from diffusers.hooks import ModelHook
 
-from ..apply import Attachment, MethodConfig, apply, denoiser_of
-from ..eval.macs import count_macs
+from ..apply import Attachment, MethodConfig, denoiser_of
 from ..registry import Claim, MethodRecord, register
 from ._common import (
     PREFIX,
@@ -26,7 +24,10 @@ from ._common import (
     RunHook,
     RunTracker,
     install,
+    macs_on_meta,
+    macs_or_warning,
     map_tensors,
+    outlines,
     refuse_fused_qkv,
     refuse_other_caches,
     steps_of,
@@ -34,7 +35,7 @@ from ._common import (
 )
 
 
-__all__ = ["FasterDiffusionCallback", "FasterDiffusionConfig", "faster_diffusion_denoise"]
+__all__ = ["FasterDiffusionConfig"]
 
 logger = logging.getLogger(__name__)
 _HOOK = PREFIX + "faster-diffusion"
@@ -78,19 +79,6 @@ def decoded_together(step: int, total: int, keys: Sequence[int], max_parallel: i
     """How many steps from `step` on share its features and are decoded in one batch."""
     following = next((k for k in sorted(keys) if k > step), total)
     return max(1, min(following - step, max_parallel))
-
-
-def injected(x: torch.Tensor, x_T: torch.Tensor, noise_injection: float, time: float, start: float) -> torch.Tensor:
-    """x + a x_T in the late part of a run, where `time`, t / T_train or a flow's sigma, is below `start`."""
-    return x + noise_injection * x_T.to(x) if noise_injection and time < start else x
-
-
-def initial_noise(scheduler: Any, latents: torch.Tensor, step: int) -> torch.Tensor:
-    """x_T in the units of the latents at a step: Euler and its like keep x multiplied by (1 + sigma^2)^(1/2)."""
-    if float(scheduler.init_noise_sigma) == 1:
-        return latents
-    ratio = (1 + float(scheduler.sigmas[step]) ** 2) / (1 + float(scheduler.sigmas[0]) ** 2)
-    return latents * float(scheduler.init_noise_sigma) * ratio**0.5
 
 
 def _copies(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -194,7 +182,7 @@ class _RootHook(RunHook[_Store]):
 
     def begin_run(self, args: tuple, kwargs: dict) -> None:
         self.computed = self.reused = self.decoder_batches = 0
-        self.arguments = map_tensors((args, kwargs), lambda t: torch.empty_like(t, device="meta"))
+        self.arguments = outlines((args, kwargs))
         self.total = self.config.num_inference_steps or steps_left(self.target, self.tracker.time)
         self.keys = key_step_list(self.total, self.config.key_steps) if self.total else []
 
@@ -265,14 +253,11 @@ class _RootHook(RunHook[_Store]):
 
     def macs(self, unet: torch.nn.Module) -> dict[str, int]:
         """MACs of a key call and of a call of the decoder alone with the last run's shapes, on the meta device."""
-        parameters = {**dict(unet.named_parameters()), **dict(unet.named_buffers())}
-        parameters = map_tensors(parameters, lambda t: torch.empty_like(t, device="meta"))
         counts = {}
         self.paused, self.shared.encoded = True, _Encoded()
         try:
             for name, self.shared.replay in (("full", False), ("reused", True)):
-                args, kwargs = map_tensors(self.arguments, torch.empty_like)
-                counts[name] = count_macs(torch.func.functional_call, unet, parameters, args, kwargs)
+                counts[name] = macs_on_meta(unet, self.arguments)
         finally:
             self.paused = False
             self._release()
@@ -288,7 +273,7 @@ def _like(output: Any, parts: Sequence[torch.Tensor]) -> Any:
     return tuple(parts) if isinstance(output, tuple) else type(output)(**dict(zip(output.keys(), parts)))
 
 
-def _place(target: Any, time: float) -> int | None:
+def place_of(target: Any, time: float) -> int | None:
     """Index of a timestep in the scheduler of a pipeline; None where it is not in there exactly once."""
     timesteps = getattr(getattr(target, "scheduler", None), "timesteps", None)
     if timesteps is None:
@@ -299,7 +284,7 @@ def _place(target: Any, time: float) -> int | None:
 
 def steps_left(target: Any, time: float) -> int | None:
     """Steps of a run that starts at this timestep; None for a model without a scheduler."""
-    place = _place(target, time)
+    place = place_of(target, time)
     if place is None:
         return steps_of(target)
     return math.ceil((len(target.scheduler.timesteps) - place) / getattr(target.scheduler, "order", 1))
@@ -307,7 +292,7 @@ def steps_left(target: Any, time: float) -> int | None:
 
 def following_times(target: Any, time: float, count: int) -> list[torch.Tensor]:
     """The timestep and those after it in the schedule, `count` at most; empty if its place is unknown."""
-    place = _place(target, time)
+    place = place_of(target, time)
     return [] if place is None else list(target.scheduler.timesteps[place : place + count])
 
 
@@ -472,19 +457,15 @@ def _hooks(unet: torch.nn.Module, root: _RootHook) -> Iterator[tuple[torch.nn.Mo
 
 
 def _summary(root: _RootHook, unet: torch.nn.Module) -> dict[str, Any]:
-    """Figures of the last run. MACs are left out for models that cannot run on the meta device (offloaded ones)."""
+    """Figures of the last run."""
     figures: dict[str, Any] = {"computed": root.computed, "reused": root.reused}
     calls = root.computed + root.reused
     if not calls:
         return figures
     figures["decoder_batches"] = root.decoder_batches
-    try:
-        macs = root.macs(unet)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        logger.warning("faster-diffusion: operations were not counted, %s", error)
-        return figures
-    figures["macs_full_call"], figures["macs_reused_call"] = macs["full"], macs["reused"]
-    figures["macs_saved"] = root.reused / calls * (1 - macs["reused"] / macs["full"])
+    if macs := macs_or_warning(root.macs, unet):
+        figures["macs_full_call"], figures["macs_reused_call"] = macs["full"], macs["reused"]
+        figures["macs_saved"] = root.reused / calls * (1 - macs["reused"] / macs["full"])
     return figures
 
 
@@ -505,109 +486,3 @@ def _require_schedule(scheduler: Any) -> None:
             f"{type(scheduler).__name__} calls the model at stages of a step that depend on one another: use "
             "max_parallel=1, or a scheduler with one call per step (DDIM, Euler, DPM-Solver++ multistep)"
         )
-
-
-class FasterDiffusionCallback(PipelineCallback):
-    """Adds a little of the initial noise to the latents in the late part of a run, which brings back texture.
-
-    Args:
-        latents: The initial latents that are given to the pipeline too, [b, c, h, w], standard normal.
-        noise_injection: a, default 0.003; 0 does nothing.
-        injection_start: Share of the training timesteps below which it happens, in (0, 1], default 0.5.
-
-    Raises:
-        ValueError: Values out of range.
-
-    Example:
-        >>> import torch
-        >>> from diffusers_ext import FasterDiffusionCallback, zoo
-        >>> pipe, noise = zoo.load("shapes-unet"), torch.randn(1, 4, 16, 16)
-        >>> callback = FasterDiffusionCallback(noise)
-        >>> image = pipe("a red circle", latents=noise, callback_on_step_end=callback, num_inference_steps=4).images[0]
-    """
-
-    def __init__(self, latents: torch.Tensor, noise_injection: float = 0.003, injection_start: float = 0.5):
-        super().__init__(cutoff_step_index=None, cutoff_step_ratio=1.0)
-        _require_injection(noise_injection, injection_start)
-        self.latents, self.noise_injection, self.injection_start = latents, noise_injection, injection_start
-
-    @property
-    def tensor_inputs(self) -> list[str]:
-        return ["latents"]
-
-    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict) -> dict:
-        scheduler = pipeline.scheduler
-        following = following_times(pipeline, float(timestep), 2)
-        if len(following) == 2:
-            time = float(following[1]) / scheduler.config.num_train_timesteps
-            x_T = initial_noise(scheduler, self.latents, _place(pipeline, float(following[1])))
-            x = callback_kwargs["latents"]
-            callback_kwargs["latents"] = injected(x, x_T, self.noise_injection, time, self.injection_start)
-        return callback_kwargs
-
-
-def _require_injection(noise_injection: float, injection_start: float) -> None:
-    if noise_injection < 0 or not 0 < injection_start <= 1:
-        raise ValueError(
-            f"noise_injection is {noise_injection}, injection_start {injection_start}; accepted: from 0, and (0, 1]"
-        )
-
-
-@torch.no_grad()
-def faster_diffusion_denoise(
-    pipe: Any,
-    latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor | None = None,
-    config: FasterDiffusionConfig | None = None,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
-    noise_injection: float = 0.003,
-    injection_start: float = 0.5,
-    injection_point: str = "official",
-    **unet_kwargs: Any,
-) -> torch.Tensor:
-    """Sample latents in the paper's own loop, with several decoder steps in one batch.
-
-    Args:
-        pipe: Pipeline with `unet` and a scheduler of one call per step.
-        latents: Standard normal noise [b, c, h, w].
-        prompt_embeds: [b, n, d].
-        negative_prompt_embeds: [b, n, d]; None leaves guidance out.
-        config: Default `FasterDiffusionConfig(max_parallel=8)`.
-        num_inference_steps: T.
-        guidance_scale: Weight of the prompt.
-        noise_injection: a; 0 adds no noise.
-        injection_start: Share of the training timesteps below which noise is added.
-        injection_point: `"model"`: before the model is called, `"step"`: only before the scheduler's step,
-            `"official"`: as the published loops do, `"step"` if decoding in parallel and `"model"` if not.
-        unet_kwargs: Further inputs of the UNet for the guided batch, e.g. `added_cond_kwargs`.
-
-    Returns:
-        Denoised latents [b, c, h, w].
-
-    Raises:
-        ValueError: Values out of range, or what `FasterDiffusionConfig` refuses.
-    """
-    config = config or FasterDiffusionConfig(max_parallel=8)
-    _require_injection(noise_injection, injection_start)
-    if injection_point not in ("model", "step", "official"):
-        raise ValueError(f"injection_point is {injection_point!r}; accepted: 'model', 'step', 'official'")
-    before_model = injection_point == "model" or (injection_point == "official" and config.max_parallel == 1)
-    guided = negative_prompt_embeds is not None
-    text = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
-    x = latents * scheduler.init_noise_sigma
-    with apply(pipe, config):
-        for step, t in enumerate(scheduler.timesteps):
-            time, x_T = float(t) / scheduler.config.num_train_timesteps, initial_noise(scheduler, latents, step)
-            noisy = injected(x, x_T, noise_injection, time, injection_start)
-            seen = scheduler.scale_model_input(noisy if before_model else x, t)
-            seen = torch.cat([seen, seen]) if guided else seen
-            eps = pipe.unet(seen, t, encoder_hidden_states=text, return_dict=False, **unet_kwargs)[0]
-            if guided:
-                uncond, cond = eps.chunk(2)
-                eps = uncond + guidance_scale * (cond - uncond)
-            x = scheduler.step(eps, t, noisy, return_dict=False)[0]
-    return x

@@ -18,14 +18,8 @@ from diffusers import (
 
 import diffusers_ext
 from diffusers_ext import DeepCacheConfig, FasterDiffusionCallback, FasterDiffusionConfig, zoo
-from diffusers_ext.caching.faster_diffusion import (
-    decoded_together,
-    faster_diffusion_denoise,
-    initial_noise,
-    injected,
-    key_step_list,
-    tile,
-)
+from diffusers_ext.caching.faster_diffusion import decoded_together, key_step_list, tile
+from diffusers_ext.caching.faster_diffusion_sampling import faster_diffusion_denoise, initial_noise, injected
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 
 

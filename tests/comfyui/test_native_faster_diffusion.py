@@ -9,7 +9,8 @@ import torch
 
 import diffusers_ext
 from diffusers_ext import FasterDiffusionConfig, zoo
-from diffusers_ext.caching.faster_diffusion import faster_diffusion_denoise, key_step_list
+from diffusers_ext.caching.faster_diffusion import key_step_list
+from diffusers_ext.caching.faster_diffusion_sampling import faster_diffusion_denoise
 
 
 pytestmark = pytest.mark.comfy
