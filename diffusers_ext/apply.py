@@ -152,7 +152,7 @@ def _forget(model: torch.nn.Module, config: MethodConfig) -> None:
 def _conflict(config: MethodConfig, others: list[MethodConfig]) -> str | None:
     mine = config.method
     for other in (c.method for c in others):
-        if other.slug == mine.slug:
+        if other.slug == mine.slug and mine.kind != "adapter":  # adapters of one kind differ by their weights
             return f"{mine.slug} is already applied to this model: remove it first (handle.remove() or remove(target))"
         if other.slug in mine.conflicts or mine.slug in other.conflicts:
             return f"{mine.slug} cannot be combined with {other.slug}, which is active: remove one of them"

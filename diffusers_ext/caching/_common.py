@@ -332,6 +332,15 @@ def steps_of(target: Any) -> int | None:
     return math.ceil(left / getattr(scheduler, "order", 1))
 
 
+def place_of(target: Any, time: float) -> int | None:
+    """Index of a timestep in the scheduler of a pipeline; None where it is not in there exactly once."""
+    timesteps = getattr(getattr(target, "scheduler", None), "timesteps", None)
+    if timesteps is None:
+        return None
+    found = (timesteps.double() == time).nonzero().flatten().tolist()
+    return found[0] if len(found) == 1 else None
+
+
 def refuse_other_caches(model: torch.nn.Module) -> None:
     """Raise `ValueError` if a cache that is not ours is active on the model."""
     foreign = sorted({name for name in stateful_hooks(model) if not name.startswith(PREFIX)})

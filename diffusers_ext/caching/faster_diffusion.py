@@ -28,6 +28,7 @@ from ._common import (
     macs_or_warning,
     map_tensors,
     outlines,
+    place_of,
     refuse_fused_qkv,
     refuse_other_caches,
     steps_of,
@@ -271,15 +272,6 @@ def _values(output: Any) -> Iterator[Any]:
 def _like(output: Any, parts: Sequence[torch.Tensor]) -> Any:
     """A model output of the same kind with other tensors."""
     return tuple(parts) if isinstance(output, tuple) else type(output)(**dict(zip(output.keys(), parts)))
-
-
-def place_of(target: Any, time: float) -> int | None:
-    """Index of a timestep in the scheduler of a pipeline; None where it is not in there exactly once."""
-    timesteps = getattr(getattr(target, "scheduler", None), "timesteps", None)
-    if timesteps is None:
-        return None
-    found = (timesteps.double() == time).nonzero().flatten().tolist()
-    return found[0] if len(found) == 1 else None
 
 
 def steps_left(target: Any, time: float) -> int | None:

@@ -9,17 +9,19 @@ Example:
 
 from __future__ import annotations
 
-from . import world
+from . import conditions, world
 from .judge import Judge, load_judge
-from .pipelines import check_folder, generate, load, load_folder, names, write_manifest
+from .pipelines import adapter_file, check_folder, generate, load, load_folder, names, write_manifest
 from .world import Scenes, caption, held_out, parse, scenes
 
 
 __all__ = [
     "Judge",
     "Scenes",
+    "adapter_file",
     "caption",
     "check_folder",
+    "conditions",
     "generate",
     "held_out",
     "load",

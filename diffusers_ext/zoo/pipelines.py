@@ -15,6 +15,7 @@ from . import world
 
 
 WEIGHTS = Path(__file__).parent / "weights"
+ADAPTERS = WEIGHTS / "adapters"
 MANIFEST = "manifest.json"
 _PROMPT_TOKENS = 20
 
@@ -61,6 +62,18 @@ def load_folder(folder: str | Path, dtype: torch.dtype = torch.float32):
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def adapter_file(name: str) -> Path:
+    """Path of a shipped adapter for one of the models, such as `"vmix-shapes-unet"`.
+
+    Raises:
+        ValueError: No such adapter.
+    """
+    known = {path.stem: path for path in ADAPTERS.glob("*.safetensors")}
+    if name not in known:
+        raise ValueError(unknown("zoo adapter", name, known))
+    return known[name]
 
 
 def _model_files(folder: Path) -> Iterator[Path]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import networks
 import torch
 import torch.nn.functional as F
-from fitting import Draws
 from torch import nn
 
 from diffusers_ext.prediction import expand, from_x0, to_x0
+from diffusers_ext.training.denoising import FluxTask, UNetTask, alphas_and_sigmas
+from diffusers_ext.training.fitting import Draws
 from diffusers_ext.zoo import Judge, world
 
 
@@ -120,94 +121,6 @@ def object_weight(specs: torch.Tensor) -> torch.Tensor:
     return (weight / weight.mean())[:, None]
 
 
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents `[n, 4, 16, 16]` -> Flux tokens `[n, 64, 16]`, one per 2 x 2 patch."""
-    n = len(latents)
-    return latents.view(n, 4, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, 64, 16)
-
-
-def unpack(tokens: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack`."""
-    n = len(tokens)
-    return tokens.view(n, 8, 8, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, 4, 16, 16)
-
-
-def alphas_and_sigmas(prediction: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal and noise level of the 1000 timesteps of a UNet's schedule."""
-    alpha_bar = networks.diffusion_scheduler(prediction).alphas_cumprod
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-
-class UNetTask:
-    """Noise levels, loss weights and calls of the UNets.
-
-    The error of the clean latents is weighted by min(snr + 1, 6), whatever is predicted: v and epsilon models learn
-    the same thing and differ in parametrisation only.
-    """
-
-    def __init__(self, prediction: str):
-        self.prediction = prediction
-        # A flat ground rests on the mean of 256 latents, and small errors of the noise grow to a wrong colour.
-        self.mean_weight = 2.0 if prediction == "epsilon" else 0.0
-        # Stable Diffusion's schedule never hides the mean of a picture, so a model would read the ground from
-        # what is pure noise when it draws. Noise with a random mean teaches it to ask the caption.
-        self.noise_offset = 0.1 if prediction == "epsilon" else 0.0
-        self.alpha, self.sigma = alphas_and_sigmas(prediction)
-
-    def levels(self, draws: Draws) -> torch.Tensor:
-        """Timesteps; 55 % of them in [100, 550), where shapes are decided."""
-        u, v = draws.uniform(2).unbind(1)
-        return torch.where(u < 0.55, 100 + 450 * v, 1000 * v).long()
-
-    def noise_levels(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.alpha.to(t.device)[t], self.sigma.to(t.device)[t]
-
-    def weight(self, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        snr = (alpha / sigma) ** 2
-        # Error of x0 per error of the output, squared.
-        gain = sigma**2 if self.prediction == "v_prediction" else 1 / snr
-        return (snr + 1).clamp(max=6) * gain
-
-    @staticmethod
-    def predict(model: nn.Module, x: torch.Tensor, t: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model(x.contiguous(memory_format=torch.channels_last), t, text["clip"]).sample
-
-
-class FluxTask:
-    """Noise levels, loss weights and calls of the Flux transformer: rectified flow, x = (1 - s) x0 + s noise."""
-
-    prediction = "flow_prediction"
-    mean_weight = noise_offset = 0.0
-
-    def levels(self, draws: Draws) -> torch.Tensor:
-        """Noise levels s: 70 % logit-normal, 30 % uniform."""
-        u, v = draws.uniform(2).unbind(1)
-        return torch.where(u < 0.7, torch.sigmoid(draws.normal()), v).clamp(0.004, 0.996)
-
-    def noise_levels(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return 1 - s, s
-
-    def weight(self, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(sigma)
-
-    @staticmethod
-    def predict(model: nn.Module, x: torch.Tensor, s: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        image_ids, text_ids = (
-            torch.zeros(64, 3, device=x.device),
-            torch.zeros(networks.PROMPT_TOKENS, 3, device=x.device),
-        )
-        image_ids[:, 1:] = torch.cartesian_prod(torch.arange(8), torch.arange(8)).to(x)
-        output = model(
-            hidden_states=pack(x),
-            timestep=s,
-            pooled_projections=text["pooled"],
-            encoder_hidden_states=text["t5"],
-            img_ids=image_ids,
-            txt_ids=text_ids,
-        ).sample
-        return unpack(output)
-
-
 class Teacher:
     """A trained v-prediction UNet in the place of the data: it knows the mean of all clean latents behind a noisy one.
 
@@ -217,7 +130,7 @@ class Teacher:
 
     def __init__(self, unet: nn.Module):
         self.unet = unet.eval().requires_grad_(False)
-        alpha, sigma = alphas_and_sigmas("v_prediction")
+        alpha, sigma = alphas_and_sigmas(networks.diffusion_scheduler("v_prediction"))
         self._noise_to_signal = sigma / alpha
 
     @torch.no_grad()

@@ -10,12 +10,13 @@ import networks
 import objectives
 import torch
 import torch.nn.functional as F
-from fitting import Budget, fit, is_main, read_tensors, write_tensors
-from objectives import Cache, CaptionReader, FluxTask, Teacher, UNetTask, to_float
+from objectives import Cache, CaptionReader, Teacher, to_float
 from torch import nn
 from tqdm import tqdm
 
 from diffusers_ext import zoo
+from diffusers_ext.training.denoising import FluxTask, UNetTask
+from diffusers_ext.training.fitting import Budget, fit, is_main, read_tensors, write_tensors
 from diffusers_ext.zoo import world
 
 
@@ -150,13 +151,24 @@ def text_models(work: Path) -> tuple:
     )
 
 
+def unet_task(prediction: str) -> UNetTask:
+    """Training of a UNet that predicts this.
+
+    Stable Diffusion's schedule never hides the mean of a picture, so an epsilon model would read the ground from what
+    is pure noise when it draws: noise with a random mean teaches it to ask the caption. And as a flat ground rests on
+    the mean of 256 latents, small errors of the noise grow to a wrong colour: the mean is weighted.
+    """
+    epsilon = {"mean_weight": 2.0, "noise_offset": 0.1} if prediction == "epsilon" else {}
+    return UNetTask(networks.diffusion_scheduler(prediction), **epsilon)
+
+
 def denoiser(work: Path, budget: Budget, init: Path | None, kind: str, teacher: Path | None) -> None:
     """Train a denoiser, `kind` "unet", "unet-eps" or "dit": `kind.safetensors`.
 
     `teacher` is the weight file of a trained "unet"; without it the denoiser learns from the data.
     """
     torch.manual_seed(budget.seed)
-    task = {"unet": UNetTask("v_prediction"), "unet-eps": UNetTask("epsilon"), "dit": FluxTask()}[kind]
+    task = {"unet": unet_task("v_prediction"), "unet-eps": unet_task("epsilon"), "dit": FluxTask()}[kind]
     model = _started(networks.dit() if kind == "dit" else networks.unet(), init)
     if kind == "dit":
         objectives.add_mask_head(model)

@@ -19,7 +19,8 @@ from pathlib import Path
 import report
 import stages
 import torch
-from fitting import Budget, is_main, join_processes
+
+from diffusers_ext.training.fitting import Budget, is_main, join_processes
 
 
 # The recipe: what each training stage does when no option says otherwise.
@@ -57,8 +58,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         ("seed", int),
         ("save-every", int),
     ):
-        parser.add_argument(f"--{name}", type=kind, help="training: see Budget in fitting.py")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="training: see Budget in fitting.py")
+        parser.add_argument(f"--{name}", type=kind, help="training: see diffusers_ext.training.fitting.Budget")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="training: see diffusers_ext.training.fitting.Budget"
+    )
     return parser.parse_args(argv)
 
 

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_ext import zoo
+from diffusers_ext.training import denoising, fitting, muon
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "train_shapes"
-MODULES = ("train", "stages", "report", "objectives", "networks", "fitting", "muon")
+MODULES = ("train", "stages", "report", "objectives", "networks")
 TINY = ["--steps", "2", "--batch", "4", "--save-every", "1"]
 
 
@@ -89,7 +90,7 @@ def test_a_crash_leaves_no_trace_in_the_result(example, work, tmp_path, monkeypa
     whole, broken = copy_cache(work, tmp_path / "whole"), copy_cache(work, tmp_path / "broken")
     options = ["--steps", "5", "--batch", "4", "--save-every", "2"]
     run(example, stage, whole, *options)
-    calls, fitting = [], example["fitting"]
+    calls = []
     draw = fitting.Draws.indices
 
     def crash_in_fourth_step(self, *arguments):
@@ -111,7 +112,7 @@ def test_a_request_to_stop_saves_and_goes_on(example, work, tmp_path, monkeypatc
     whole, stopped = copy_cache(work, tmp_path / "whole"), copy_cache(work, tmp_path / "stopped")
     options = ["--steps", "3", "--batch", "4", "--save-every", "100"]
     run(example, "unet", whole, *options)
-    fitting, draw = example["fitting"], example["fitting"].Draws.indices
+    draw = fitting.Draws.indices
 
     def ask_to_stop(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -149,7 +150,10 @@ def test_teacher_agrees_with_itself_in_every_parametrisation(example):
     teacher = objectives.Teacher(unet)
     z, noise, text = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16), {"clip": torch.randn(3, 20, 128)}
     t = torch.tensor([50, 400, 900])
-    alpha, sigma = (level[t].view(3, 1, 1, 1) for level in objectives.alphas_and_sigmas("v_prediction"))
+    alpha, sigma = (
+        level[t].view(3, 1, 1, 1)
+        for level in denoising.alphas_and_sigmas(networks.diffusion_scheduler("v_prediction"))
+    )
     x = alpha * z + sigma * noise
     direct = alpha * x - sigma * unet(x, t, text["clip"]).sample
     total = alpha + sigma
@@ -158,22 +162,23 @@ def test_teacher_agrees_with_itself_in_every_parametrisation(example):
         torch.testing.assert_close(clean, direct, rtol=0, atol=2e-3)
 
 
-def test_packing_is_what_flux_does(example):
+def test_packing_is_what_flux_does():
     from diffusers import FluxPipeline
 
     z = torch.randn(2, 4, 16, 16)
-    packed = example["objectives"].pack(z)
+    packed = denoising.pack(z)
     assert packed.equal(FluxPipeline._pack_latents(z, 2, 4, 16, 16))
-    assert example["objectives"].unpack(packed).equal(z)
+    assert denoising.image_ids(16, 16).equal(FluxPipeline._prepare_latent_image_ids(2, 8, 8, "cpu", torch.float32))
+    assert denoising.unpack(packed, 16, 16).equal(z)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
-def test_muon_updates_are_nearly_orthogonal(example, shape):
+def test_muon_updates_are_nearly_orthogonal(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(example["muon"].orthogonalised(matrix))
+    values = torch.linalg.svdvals(muon.orthogonalised(matrix))
     assert values.min() > 0.3 and values.max() < 1.3
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    assert ((example["muon"].orthogonalised(matrix) * (left @ right)).sum() / min(shape)) > 0.8
+    assert ((muon.orthogonalised(matrix) * (left @ right)).sum() / min(shape)) > 0.8
 
 
 def test_object_weight_covers_the_objects_and_has_mean_one(example):

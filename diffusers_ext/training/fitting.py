@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from muon import optimizers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
+
+from .muon import optimizers
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""The base of all adapters, on one that adds a constant to a UNet's output."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file, save_file
+
+import diffusers_ext
+from diffusers_ext import zoo
+from diffusers_ext.adapters._common import Adapter, conditional_rows, require_range, within
+from diffusers_ext.registry import Claim, MethodRecord
+
+
+RECORD = MethodRecord(
+    slug="shift",
+    family="adapters",
+    kind="adapter",
+    title="Shift",
+    arxiv="0000.00000",
+    summary="adds a constant",
+    targets=("unet",),
+    predictions=("v_prediction",),
+    nodes=(),
+    claim=Claim("", "", 1, "x"),
+)
+
+
+class Shift(Adapter):
+    method = RECORD
+
+    @register_to_config
+    def __init__(self, channels: int = 4):
+        super().__init__()
+        self.amount = torch.nn.Parameter(torch.arange(1.0, channels + 1))
+        self.calls = []
+
+    def check(self, target):
+        channels = diffusers_ext.denoiser_of(target).config.out_channels
+        if channels != len(self.amount):
+            raise ValueError(f"{len(self.amount)} constants for {channels} channels")
+
+    def begin_call(self, target, arguments):
+        self.calls.append(float(arguments["timestep"]))
+
+    def install(self, target, undo):
+        model = diffusers_ext.denoiser_of(target)
+
+        def add(module, _, output):
+            return output + self.scale * self.amount[:, None, None] if self.scale else output
+
+        undo.callback(model.conv_out.register_forward_hook(add).remove)
+        if getattr(target, "fail", False):
+            raise RuntimeError("half-way")
+
+
+def draw(pipe, **kwargs):
+    return zoo.generate(pipe, ["a red circle", "a blue star"], 3, **kwargs)
+
+
+def traces(model):
+    return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()], set(vars(model))
+
+
+def test_on_and_off_leave_no_trace(shapes_unet):
+    plain, before = draw(shapes_unet), traces(shapes_unet.unet)
+    adapter, names = Shift(), set(shapes_unet.unet.state_dict())
+    with adapter.attach(shapes_unet):
+        assert adapter.attached and not torch.equal(draw(shapes_unet), plain)
+        assert set(shapes_unet.unet.state_dict()) == names
+        adapter.set_scale(0)
+        assert torch.equal(draw(shapes_unet), plain)
+        with pytest.raises(ValueError, match="attached already"):
+            adapter.attach(shapes_unet)
+    assert not adapter.attached and traces(shapes_unet.unet) == before
+    assert torch.equal(draw(shapes_unet), plain)
+    adapter.attach(shapes_unet, 0.5)
+    diffusers_ext.remove(shapes_unet)
+    assert not adapter.attached and adapter.scale == 0.5
+    adapter.detach()
+
+
+def test_a_failure_half_way_leaves_the_model_alone(shapes_unet):
+    before, adapter = traces(shapes_unet.unet), Shift()
+    shapes_unet.fail = True
+    try:
+        with pytest.raises(RuntimeError, match="half-way"):
+            adapter.attach(shapes_unet, 0.3)
+    finally:
+        del shapes_unet.fail
+    assert traces(shapes_unet.unet) == before and not adapter.attached and adapter.scale == 1
+    with pytest.raises(ValueError, match="5 constants for 4 channels"):
+        Shift(channels=5).attach(shapes_unet)
+    assert traces(shapes_unet.unet) == before
+
+
+def test_several_add_up_and_sit_beside_a_cache(shapes_unet):
+    one, two = Shift(), Shift()
+    with diffusers_ext.apply(shapes_unet, diffusers_ext.DeepCacheConfig()):
+        with one.attach(shapes_unet, 0.1), two.attach(shapes_unet, 0.2):
+            both = draw(shapes_unet)
+        with one.attach(shapes_unet, 0.3):
+            assert torch.allclose(draw(shapes_unet), both, atol=1e-5)
+
+
+def test_it_follows_the_model_and_sees_the_arguments(shapes_unet):
+    adapter = Shift()
+    with adapter.attach(shapes_unet):
+        draw(shapes_unet)
+        assert adapter.calls == shapes_unet.scheduler.timesteps.tolist()
+        try:
+            shapes_unet.unet.to(torch.bfloat16)
+            shapes_unet.unet(torch.zeros(1, 4, 16, 16).bfloat16(), 5, torch.zeros(1, 20, 128).bfloat16())
+            assert adapter.amount.dtype == torch.bfloat16
+        finally:
+            shapes_unet.unet.to(torch.float32)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None, True])
+def test_bad_scales(scale):
+    with pytest.raises(ValueError, match="finite number"):
+        Shift().set_scale(scale)
+
+
+def test_files_come_back_bit_for_bit(tmp_path):
+    adapter = Shift(channels=3)
+    adapter.amount.data = torch.randn(3)
+    file = adapter.save_file(tmp_path / "shift.safetensors")
+    adapter.save_pretrained(tmp_path / "folder")
+    for path in (file, tmp_path / "folder"):
+        again = Shift.from_pretrained(path)
+        assert torch.equal(again.amount, adapter.amount) and again.config.channels == 3 and not again.training
+    assert Shift.from_pretrained(file).save_file(tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
+    assert Shift.from_pretrained(file, torch_dtype=torch.float16).amount.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({}, "1 tensors missing: amount"),
+        ({"amount": torch.zeros(3), "more": torch.zeros(1)}, "1 tensors unknown: more"),
+        ({"amount": torch.zeros(4)}, "1 tensors of another shape: amount"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, tensors, words):
+    metadata = {"class": "Shift", "config": json.dumps({"channels": 3})}
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(ValueError, match=words):
+        Shift.from_pretrained(tmp_path / "x.safetensors")
+
+
+def test_a_folder_with_missing_tensors_is_refused(tmp_path):
+    Shift(channels=3).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({"more": load_file(path)["amount"]}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="missing: amount; 1 tensors unknown: more"):
+        Shift.from_pretrained(tmp_path)
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"strange.key": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="First keys: strange.key"):
+        Shift.from_pretrained(tmp_path / "a.safetensors")
+    save_file({"amount": torch.zeros(4)}, tmp_path / "b.safetensors", {"class": "Other", "config": "{}"})
+    with pytest.raises(ValueError, match="holds a Other, not a Shift"):
+        Shift.from_pretrained(tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="damaged"):
+        Shift.from_pretrained(tmp_path / "c.safetensors")
+    (tmp_path / "d.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="safetensors files only"):
+        Shift.from_pretrained(tmp_path / "d.bin")
+
+
+def test_conditional_rows(shapes_unet):
+    assert conditional_rows(shapes_unet.unet, 3) == slice(0, None)
+    shapes_unet._guidance_scale = 3.0
+    assert conditional_rows(shapes_unet, 6) == slice(3, None)
+    with pytest.raises(ValueError, match="batch of 3"):
+        conditional_rows(shapes_unet, 3)
+    shapes_unet._guidance_scale = 1.0
+    assert conditional_rows(shapes_unet, 3) == slice(0, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_within_a_range_of_the_run(shapes_unet, shapes_dit, dtype):
+    shapes_unet.scheduler.set_timesteps(10)
+    shapes_dit.scheduler.set_timesteps(10, mu=0.5)
+    flux_times = (shapes_dit.scheduler.timesteps.to(dtype) / 1000).unbind()
+    for pipe, times in ((shapes_unet, shapes_unet.scheduler.timesteps), (shapes_dit, flux_times)):
+        inside = [within(pipe, t, 0.2, 0.5) for t in times]
+        assert inside == [False] * 2 + [True] * 3 + [False] * 5
+    assert within(shapes_unet.unet, 5, 0, 1)
+    with pytest.raises(ValueError, match="attach to the pipeline"):
+        within(shapes_unet.unet, 5, 0, 0.5)
+    for bad in ((0.5, 0.5), (-0.1, 1), (0, 1.1)):
+        with pytest.raises(ValueError, match="fractions of the steps"):
+            require_range(*bad)
