@@ -146,7 +146,6 @@ def _list(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     record = get_method(args.slug)
-    claim = record.claim
     rows = [
         ("paper", f"{record.title}, {record.paper_url}"),
         ("what", record.summary),
@@ -158,7 +157,7 @@ def _show(args: argparse.Namespace) -> int:
         ("nodes", ", ".join(record.nodes)),
         ("workflow", record.workflow),
         ("docs", record.docs),
-        ("claim", f"{claim.text}: {claim.value:g} {claim.unit} ({claim.setting})"),
+        ("claim", str(record.claim)),
     ]
     print(_table([(record.slug, ""), *rows]))
     return 0

@@ -26,12 +26,26 @@ _T = TypeVar("_T", bound=type)
 
 @dataclass(frozen=True)
 class Claim:
-    """The paper's headline: what was measured, where, and the number."""
+    """The paper's headline: what was measured, where, and the number, if there is one.
+
+    Args:
+        text: What the paper says.
+        setting: Where it was measured or shown.
+        value: The number; None where the paper gives no figure.
+        unit: Of the number.
+    """
 
     text: str
     setting: str
-    value: float
-    unit: str
+    value: float | None = None
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.value is None) != (not self.unit):
+            raise ValueError(f"a claim needs a value with its unit or neither, got {self.value!r} and {self.unit!r}")
+
+    def __str__(self) -> str:
+        return f"{self.text}{'' if self.value is None else f': {self.value:g} {self.unit}'} ({self.setting})"
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class MethodRecord:
         targets: Denoisers it works on: `"unet"`, `"dit"`, `"mmdit"`, `"video"`, `"any"`.
         predictions: Prediction types it supports: `"epsilon"`, `"v_prediction"`, `"sample"`, `"flow_prediction"`.
         nodes: ComfyUI node ids.
-        claim: The paper's headline number.
+        claim: The paper's headline.
         conflicts: Slugs that cannot be active on the same model.
     """
 

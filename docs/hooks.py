@@ -61,7 +61,6 @@ def door(record: MethodRecord) -> str:
 
 def facts(record: MethodRecord) -> str:
     """Facts table of a method page."""
-    claim = record.claim
     nodes = ", ".join(f"[{node}](../nodes/{node}.md)" for node in record.nodes)
     rows = [
         ["Paper", f"[{record.title}]({record.paper_url})"],
@@ -71,7 +70,7 @@ def facts(record: MethodRecord) -> str:
         ["Not together with", ", ".join(f"[{s}]({s}.md)" for s in record.conflicts) or "no known conflict"],
         ["ComfyUI nodes", nodes],
         ["Workflow", f"[{record.slug}.json](../workflows/{record.slug}.json)"],
-        ["The paper's headline", f"{claim.text}: **{claim.value:g} {claim.unit}** ({claim.setting})"],
+        ["The paper's headline", str(record.claim)],
         ["Code", f"[{record.module}]({REPOSITORY}{record.module.replace('.', '/')}.py)"],
     ]
     screenshot = ROOT / "docs" / "assets" / "workflows" / f"{record.slug}.png"
@@ -93,11 +92,11 @@ def _source(name: str, environment: dict[str, Any]) -> str:
 
 def measured(record: MethodRecord) -> str:
     """Table of `benchmarks/results/<slug>.json` with the machine it was measured on, beside the paper's claim."""
-    result, claim = _result(record.slug), record.claim
+    result = _result(record.slug)
     picture = f"![{record.slug}, measured](../assets/methods/{record.slug}.png)\n\n"
     return (
         f"{picture}{table(result['columns'], result['rows'])}\n\n{result['notes']}\n\n"
-        f"The paper reports: {claim.text}: {claim.value:g} {claim.unit} ({claim.setting}).\n\n"
+        f"The paper reports: {record.claim}.\n\n"
         f"{_source(record.slug, result['environment'])}"
     )
 

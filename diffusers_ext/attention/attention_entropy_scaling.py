@@ -231,8 +231,6 @@ def picture_of(model: torch.nn.Module, sample: torch.Tensor, base: tuple[int, in
         claim=Claim(
             text="Entropy of attention, and with it the layout of pictures, kept away from the trained size",
             setting="theory; the abstract gives no figure",
-            value=1,
-            unit="factor per layer",
         ),
     )
 )

@@ -214,8 +214,6 @@ def check_options(profile: str, scale: float, integrator: str, clip: float | Non
         claim=Claim(
             text="Samples keep their distribution for every diffusion e(t) >= 0",
             setting="theorem: exact velocity, continuous time; the paper has no benchmark score",
-            value=0,
-            unit="change",
         ),
     )
 )

@@ -37,7 +37,7 @@ def test_record_is_complete(record):
     assert record.predictions and set(record.predictions) <= PREDICTIONS
     assert re.fullmatch(r"\d{4}\.\d{4,5}|10\.\S+", record.arxiv)
     assert len(record.summary) > 20 and "\n" not in record.summary
-    assert record.claim.text and record.claim.setting and record.claim.unit
+    assert record.claim.text and record.claim.setting and bool(record.claim.unit) == (record.claim.value is not None)
     assert record.nodes and all(node.startswith("DX") for node in record.nodes)
     assert set(record.conflicts) <= {r.slug for r in RECORDS} - {record.slug}
 
