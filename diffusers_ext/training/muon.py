@@ -64,4 +64,7 @@ def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
         inner = weight.ndim >= 2 and min(weight.shape[:2]) >= 16 and not outer and not table
         if weight.requires_grad:
             (hidden if inner else rest).append(weight)
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    found: list[torch.optim.Optimizer] = [Muon(hidden, lr)] if hidden else []
+    if rest:  # an adapter may have matrices only
+        found.append(torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.01))
+    return found
