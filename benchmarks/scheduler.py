@@ -190,8 +190,8 @@ def variants(record: MethodRecord, bed: Bed) -> dict[str, Any]:
     if record.slug == "usf-s3":
         return {f"{name}, searched up to {SEARCHED_CALLS}": searched(bed), name: record.public.from_config(config)}
     if record.slug == "evodiff":
-        even = record.public.from_config(config, skip_type="time_uniform")
-        return {f"{name}, time_uniform": even, name: record.public.from_config(config)}
+        even = record.public.from_config(config, skip_type="logSNR")
+        return {name: record.public.from_config(config), f"{name}, logSNR": even}
     if record.slug != "dpm-solver-v3":
         return {name: record.public.from_config(config)}
     from diffusers_ext.schedulers._ems import DATA, GRID, calibrate_ems, clean_latents

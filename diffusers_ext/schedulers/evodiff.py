@@ -1,6 +1,7 @@
 """EVODiff: a two-step solver whose second-order term is scaled per sample and channel to lower the step's variance.
 
-kappa = sigma / alpha, m = data prediction. Dot products sum over positions, not over batch and channels.
+kappa = sigma / alpha, m = data prediction. Dot products sum over positions, not over batch and channels. The authors'
+sampler is for alpha = 1, where kappa = sigma = t; here every model is solved as that one, x / alpha, would be.
 https://arxiv.org/abs/2509.26096
 """
 
@@ -12,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..prediction import NoiseSchedule, vp_from_ve
 from ..registry import Claim, MethodRecord, register
 from ._common import NoiseLevelScheduler, clean_sample, require_choice, schedule_config
 from ._native import NativeRun
@@ -24,6 +24,7 @@ __all__ = ["EVODiffMultistepScheduler"]
 FINALS = ("ddim", "official")
 _TINY = 1e-20  # identical predictions would divide 0 by 0
 _MANY_STEPS = 20
+_PURE_NOISE = 500.0  # of kappa: a log-SNR step from such a level is far longer than the next one
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -43,9 +44,10 @@ class Interval:
     """Numbers of the step from node 0 to node t, node 1 being the one before node 0.
 
     Args:
-        keep: sigma_t / sigma_0, also called q0.
+        keep: sigma_t / sigma_0.
         gain: sigma_t h, the weight of the data prediction in the Euler step.
         h: 1 / kappa_t - 1 / kappa_0.
+        q0: kappa_t / kappa_0.
         r: Log-SNR of the last step by that of this one.
         base: sqrt(q0 / q1).
         w: Weight of the measured balance, 0.5 (1 - tn^2).
@@ -54,6 +56,7 @@ class Interval:
     keep: float
     gain: float
     h: float
+    q0: float
     r: float
     base: float
     w: float
@@ -119,15 +122,15 @@ def finish(pending: Pending, history: History, mt: torch.Tensor, at0: torch.Tens
     z = projection(along, d11).div(step.gain).abs().sub_(0.5)
     if steps > _MANY_STEPS:
         g = (history.m0 - history.m1) / step.h
-        z = -z * torch.sigmoid(projection(dot(history.m0, g), dot(g, g)) * (2 - step.keep**2))
+        z = -z * torch.sigmoid(projection(dot(history.m0, g), dot(g, g)) * (2 - step.q0**2))
     scale = z.sigmoid().reciprocal() * (0.5 * step.gain)
     return torch.addcmul(pending.euler, u * scale, d1).addcmul_(v * scale, d2)
 
 
-def final_step(step: Interval, history: History, x: torch.Tensor, sigmas: tuple[float, float]) -> torch.Tensor:
-    """The last step of the released code, made for sigmas that end near 0 (`sigmas`: before and after it)."""
-    k = 1 - math.sqrt(sigmas[0] * sigmas[1])
-    d = 1 - 0.5 * math.sqrt(step.keep if step.keep < 0.5 else step.keep - 0.5)
+def final_step(step: Interval, history: History, x: torch.Tensor, kappas: tuple[float, float]) -> torch.Tensor:
+    """The last step of the released code, made for noise that ends near 0 (`kappas`: before and after it)."""
+    k = 1 - math.sqrt(kappas[0] * kappas[1])
+    d = 1 - 0.5 * math.sqrt(step.q0 if step.q0 < 0.5 else step.q0 - 0.5)
     return k * step.euler(x, history.m0) + 0.5 * step.gain * (history.m0 - d * history.m1)
 
 
@@ -135,20 +138,18 @@ class Solver:
     """EVODiff for one choice of noise levels; knows nothing of diffusers or ComfyUI.
 
     Args:
-        levels: `(alpha, sigma)` of every node, noisiest first; the last sigma may be 0.
-        times: t of every node: sigma for EDM and flow models, in (0, 1] for VP models.
+        levels: `(alpha, sigma)` of every node, noisiest first; the first alpha and the last sigma may be 0.
         final: Last step of the solver: `"ddim"` or `"official"`.
         denoise: Spend the last call on the data prediction at the last node with noise, and return it.
     """
 
-    def __init__(
-        self, levels: Sequence[tuple[float, float]], times: Sequence[float], final: str = "ddim", denoise: bool = True
-    ):
+    def __init__(self, levels: Sequence[tuple[float, float]], final: str = "ddim", denoise: bool = True):
         require_choice("final", final, FINALS)
         if len(levels) < 4:
             raise ValueError(f"EVODiff needs at least 3 steps, got {len(levels) - 1}")
         self.clean = denoise and levels[-1][1] == 0
-        self.levels, self.times = (list(v)[:-1] if self.clean else list(v) for v in (levels, times))
+        self.levels = list(levels)[:-1] if self.clean else list(levels)
+        self.kappas = [sigma / alpha if alpha > 0 else math.inf for alpha, sigma in self.levels]
         self.final = final
         self.steps = len(self.levels) - 1
 
@@ -170,25 +171,24 @@ class Solver:
 
     def _leave(self, history: History, x: torch.Tensor, i: int) -> tuple[torch.Tensor, History]:
         step, last = self.interval(history.node1, i, i + 1), i + 1 == self.steps
-        if last and self.final == "official" and history.m1 is not None:
-            return final_step(step, history, x, (self.levels[i][1], self.levels[i + 1][1])), history
-        if last or history.m1 is None or step.h == 0:
+        first = history.m1 is None or self.kappas[history.node1] > _PURE_NOISE
+        if last and self.final == "official" and not first:
+            return final_step(step, history, x, (self.kappas[i], self.kappas[i + 1])), history
+        if last or first or step.h == 0:
             return step.euler(x, history.m0), history
         pending = make_probe(step, history, x)
         return pending.probe, replace(history, pending=pending)
 
     def interval(self, node1: int, node0: int, target: int) -> Interval:
         """Numbers of the step from `node0` to `target`; r and base are 1 where there is no earlier node."""
-        (alpha1, sigma1), (alpha0, sigma0), (alpha, sigma) = (self.levels[n] for n in (node1, node0, target))
-        q0, q1 = sigma / sigma0, sigma0 / sigma1
-        tn = (self.times[target] + self.times[-1]) / (self.times[0] + self.times[-1])
-        lam1, lam0, lam = (math.log(a / s) if s > 0 else math.inf for a, s in self._of(node1, node0, target))
+        (alpha0, sigma0), (alpha, sigma) = self.levels[node0], self.levels[target]
+        k1, k0, k = (self.kappas[n] for n in (node1, node0, target))
+        q0, r, base = k / k0, 1.0, 1.0
+        if k1 > k0 > k > 0 and k1 < math.inf:
+            r, base = math.log(k1 / k0) / math.log(k0 / k), math.sqrt(q0 / (k0 / k1))
+        tn = (k + self.kappas[-1]) / (self.kappas[0] + self.kappas[-1])
         h = alpha / sigma - alpha0 / sigma0 if sigma > 0 else math.inf
-        r = (lam0 - lam1) / (lam - lam0) if lam > lam0 > lam1 else 1.0
-        return Interval(q0, alpha - sigma * alpha0 / sigma0, h, r, math.sqrt(q0 / q1), 0.5 * (1 - tn**2))
-
-    def _of(self, *nodes: int) -> list[tuple[float, float]]:
-        return [self.levels[n] for n in nodes]
+        return Interval(sigma / sigma0, alpha - sigma * alpha0 / sigma0, h, q0, r, base, 0.5 * (1 - tn**2))
 
 
 def sample(solver: Solver, model: Callable, x: torch.Tensor) -> torch.Tensor:
@@ -199,19 +199,10 @@ def sample(solver: Solver, model: Callable, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def continuous_times(schedule: NoiseSchedule, sigmas: Sequence[float], log_snr: torch.Tensor) -> list[float]:
-    """t of nodes: (timestep + 1) / length for discrete models, sigma for flow and EDM models; 0 when clean."""
-    if schedule.table is None:
-        return list(sigmas)
-    clean = torch.isinf(log_snr)
-    steps = (schedule.timestep(log_snr.masked_fill(clean, 0)) + 1) / len(schedule.table)
-    return steps.masked_fill(clean, 0).tolist()
-
-
 def sample_evodiff(
     model, x, sigmas, extra_args=None, callback=None, disable=None, final: str = "ddim", denoise_to_zero: bool = True
 ):
-    """EVODiff as a ComfyUI sampler. Discrete models are solved in their own VP space, as in diffusers.
+    """EVODiff as a ComfyUI sampler.
 
     Args:
         model, x, sigmas, extra_args, callback, disable: As ComfyUI passes them.
@@ -219,20 +210,14 @@ def sample_evodiff(
         denoise_to_zero: See `EVODiffMultistepScheduler`.
     """
     run = NativeRun(model, x, sigmas, extra_args, callback)
-    levels, scales = run.levels, [1.0] * len(run.levels)
-    if run.schedule.family == "vp":
-        pairs = [vp_from_ve(torch.tensor(s, dtype=torch.float64)) for _, s in run.levels]
-        levels = [(a.item(), s.item()) for a, s in pairs]
-        scales = [a for a, _ in levels]
-    log_snr = torch.tensor([math.log(a / s) if s > 0 else math.inf for a, s in levels], dtype=torch.float64)
-    solver = Solver(levels, continuous_times(run.schedule, run.sigmas, log_snr), final, denoise_to_zero)
+    solver = Solver(run.levels, final, denoise_to_zero)
 
     def predict(y: torch.Tensor, i: int) -> torch.Tensor:
-        denoised = run.denoised(y / scales[i], run.sigmas[i])
-        run.report(i, y / scales[i], denoised)
+        denoised = run.denoised(y, run.sigmas[i])
+        run.report(i, y, denoised)
         return denoised
 
-    return run.finish(sample(solver, predict, x * scales[0]) / (1.0 if solver.clean else scales[-1]))
+    return run.finish(sample(solver, predict, x))
 
 
 @register(
@@ -262,8 +247,9 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
 
     Args:
         solver_order: 2 is the only order there is.
-        skip_type: Where the steps are: `"logSNR"`, `"time_uniform"` (better for guided latent models
-            below 15 steps), `"time_quadratic"` or `"edm"`.
+        skip_type: Where the steps are: `"logSNR"` (the authors', for EDM models of pixels), `"time_uniform"` (better
+            for guided latent models), `"time_quadratic"` or `"edm"`. Default: `"logSNR"` for EDM models,
+            `"time_uniform"` for all others. Flux pipelines bring their own.
         final: Last step of the solver: `"ddim"`, or `"official"`, the released code's, which shrinks the sample by
             1 - sqrt(sigma sigma') and is made for EDM models that end at sigma 0.002.
         denoise_to_zero: Spend the last call on the clean prediction at the lowest noise level and return it, as the
@@ -287,10 +273,11 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
 
     @schedule_config
     def __init__(
-        self, solver_order: int = 2, skip_type: str = "logSNR", final: str = "ddim", denoise_to_zero: bool = True
+        self, solver_order: int = 2, skip_type: str | None = None, final: str = "ddim", denoise_to_zero: bool = True
     ):
         require_choice("solver_order", solver_order, (2,))
-        require_choice("skip_type", skip_type, SKIP_TYPES)
+        if skip_type is not None:
+            require_choice("skip_type", skip_type, SKIP_TYPES)
         require_choice("final", final, FINALS)
         self._history = History()
         self._solver: Solver | None = None
@@ -301,15 +288,15 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
             if len(times) < 3:
                 raise ValueError(f"EVODiff needs at least 3 steps, got {len(times)}")
             clean = torch.isinf(log_snr[-1])
-            nodes = skip_nodes(self.noise_schedule, len(times) - int(clean), self.config.skip_type)
+            own = "logSNR" if self.noise_schedule.family == "edm" else "time_uniform"
+            nodes = skip_nodes(self.noise_schedule, len(times) - int(clean), self.config.skip_type or own)
             if self.noise_schedule.family == "flow":
                 nodes = -torch.logit(self._shifted(torch.sigmoid(-nodes), mu))
             log_snr = torch.cat([nodes, log_snr[-1:]]) if clean else nodes
             times = self.noise_schedule.timestep(log_snr[:-1])
         alpha, sigma = self.noise_schedule.levels(log_snr)
         levels = list(zip(alpha.tolist(), sigma.tolist()))
-        t = continuous_times(self.noise_schedule, sigma.tolist(), log_snr)
-        self._solver = Solver(levels, t, self.config.final, self.config.denoise_to_zero)
+        self._solver = Solver(levels, self.config.final, self.config.denoise_to_zero)
         return log_snr, times
 
     def _reset(self) -> None:

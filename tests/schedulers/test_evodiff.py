@@ -27,7 +27,7 @@ def edm(steps: int, clean: bool = True, top: float = 80.0, end: float = 0.002) -
 
 def run(levels, final="ddim", denoise=True, x=None, mixture=PICTURES) -> torch.Tensor:
     x = 80 * noise(2, 4, 6, 6) if x is None else x
-    solver = Solver(levels, [s for _, s in levels], final, denoise)
+    solver = Solver(levels, final, denoise)
     return sample(solver, lambda y, i: mixture.denoise(y, *levels[i]), x)
 
 
@@ -93,6 +93,26 @@ def test_one_call_per_step(steps, end):
     assert model.calls == steps and torch.isfinite(x).all()
 
 
+@pytest.mark.parametrize("final", ["ddim", "official"])
+def test_every_model_is_solved_as_its_edm_twin(final):
+    """x / alpha of a variance-preserving or flow model takes exactly the path of the authors' alpha = 1 sampler."""
+    ve = edm(22)
+    start = run(ve, final)
+    for alpha_of in (lambda k: (1 + k**2) ** -0.5, lambda k: 1 / (1 + k)):
+        levels = [(alpha_of(k), alpha_of(k) * k) for _, k in ve]
+        x = 80 * noise(2, 4, 6, 6) * levels[0][0]
+        assert (run(levels, final, x=x) - start).abs().max() < 1e-9
+
+
+def test_a_level_of_pure_noise_counts_as_no_past():
+    """Flow models start there; what a step from it would say about the log-SNR is infinite."""
+    levels = [(1 - s, s) for s in torch.linspace(1, 0, 9, dtype=torch.float64).tolist()]
+    x = noise(64, 2)
+    exact = PLANE.ode(x, (1e-6, 1 - 1e-6), (1.0, 1e-6))
+    error = (run(levels, x=x, mixture=PLANE) - exact).square().mean().sqrt()
+    assert error < (ddim(levels, x, PLANE) - exact).square().mean().sqrt()
+
+
 def test_channels_and_pictures_are_independent():
     x = 80 * noise(2, 4, 6, 6)
     order, levels = torch.tensor([2, 0, 3, 1]), edm(8)
@@ -132,12 +152,12 @@ def test_constant_prediction_gives_ddim():
     levels, m = edm(9), noise(2, 4, 6, 6, seed=3)
     x = 80 * noise(2, 4, 6, 6)
     constant = type("Constant", (), {"denoise": lambda self, x, a, s: m})()
-    solver = Solver(levels[:-1], [s for _, s in levels[:-1]])
+    solver = Solver(levels[:-1])
     assert torch.allclose(sample(solver, lambda y, i: m, x), ddim(levels[:-1], x, constant), atol=1e-10)
 
 
 def test_zero_prediction_is_finite():
-    assert torch.isfinite(sample(Solver(edm(6), [1.0] * 8), lambda y, i: torch.zeros_like(y), noise(1, 2, 3, 3))).all()
+    assert torch.isfinite(sample(Solver(edm(6)), lambda y, i: torch.zeros_like(y), noise(1, 2, 3, 3))).all()
 
 
 @pytest.mark.parametrize(
@@ -154,8 +174,7 @@ def test_predictions_and_schedules_agree_with_the_solver(name, prediction):
     for t in scheduler.timesteps.double():
         x = scheduler.step(model(x, t), t, x).prev_sample
     levels = scheduler._levels
-    times = [s for _, s in levels] if name == "flow" else [(t + 1) / 1000 for t in scheduler.timesteps.tolist()] + [0]
-    expected = sample(Solver(levels, times), lambda y, i: PICTURES.denoise(y, *levels[i]), start)
+    expected = sample(Solver(levels), lambda y, i: PICTURES.denoise(y, *levels[i]), start)
     assert (x - expected).abs().max() < 1e-4
 
 
