@@ -313,7 +313,8 @@ class DEISFullScheduler(NoiseLevelScheduler):
         ab_order: Degree of the polynomial, 0 (DDIM) to 4 (`"ipndm"`: 3); it goes through `ab_order + 1` evaluations.
         rk_method: `"1euler"`, `"2heun"`, `"3kutta"`, `"3ral"`, `"3heun"`, `"3vdh"`, `"3ssprk"` or `"4rk"`.
         ts_phase: Grid uniform in t^(1/ts_order) (`"t"`), log rho (`"log"`) or rho^(1/ts_order) (`"rho"`).
-        ts_order: Exponent of the grid, > 0; 2 for `"t"`, 7 for `"rho"`.
+        ts_order: Exponent of the grid, > 0. Default: 7 for `"rho"`, else 2, the authors', but 1 for flow models, whose
+            times are even already.
         sampling_eps: Last time of flow models, in (0, 1); discrete models end at timestep 0.
         quadrature: `"gauss"` (weights to round-off) or `"riemann"` (the authors' sum, off in the fourth digit).
         final_sigmas_type: `"sigma_min"` (as the authors: end at the lowest level) or `"zero"` (end clean).
@@ -334,14 +335,14 @@ class DEISFullScheduler(NoiseLevelScheduler):
         ab_order: int = 3,
         rk_method: str = "3kutta",
         ts_phase: str = "t",
-        ts_order: float = 2.0,
+        ts_order: float | None = None,
         sampling_eps: float = 1e-3,
         quadrature: str = "gauss",
         final_sigmas_type: str = "sigma_min",
     ):
         _check(method, ab_order, rk_method, quadrature)
         require_choice("ts_phase", ts_phase, PHASES)
-        if not 0 < sampling_eps < 1 or not ts_order > 0:
+        if not 0 < sampling_eps < 1 or not (ts_order is None or ts_order > 0):
             raise ValueError(
                 f"sampling_eps is {sampling_eps} and ts_order {ts_order}; they must lie in (0, 1) and above 0"
             )
@@ -370,8 +371,10 @@ class DEISFullScheduler(NoiseLevelScheduler):
         c, flow = self.config, self.noise_schedule.family == "flow"
         last = c.num_train_timesteps - 1
         start, end = (1 - 1e-6, c.sampling_eps) if flow else (last, 0)
-        kappa = 1.0 if c.method == "ipndm" else c.ts_order
-        times = time_grid(self._clock, steps, "t" if c.method == "ipndm" else c.ts_phase, kappa, start, end)
+        phase = "t" if c.method == "ipndm" else c.ts_phase
+        usual = 7.0 if phase == "rho" else 1.0 if flow else 2.0
+        kappa = 1.0 if c.method == "ipndm" else c.ts_order or usual
+        times = time_grid(self._clock, steps, phase, kappa, start, end)
         times = self._shifted(times, mu) if flow else without_repeats(times.clip(0, last), last)
         log_snr = -torch.log(torch.from_numpy(self._clock.rho(times)))
         if c.final_sigmas_type == "zero":

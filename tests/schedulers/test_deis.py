@@ -343,3 +343,20 @@ def test_native_sampler_names_the_call_that_went_wrong():
 
     with pytest.raises(RuntimeError, match="call 3 of 4"):
         sample_deis(model, start(), torch.tensor([3.0, 2.0, 0.9, 0.5, 0.0]))
+
+
+def test_default_grids_are_even_for_flow_models_and_the_authors_for_others():
+    flow = DEISFullScheduler(prediction_type="flow_prediction")
+    flow.set_timesteps(10)
+    gaps = flow.timesteps.double().diff()
+    assert torch.allclose(gaps, gaps[:1].expand(9), rtol=1e-6)
+    diffusion = DEISFullScheduler()
+    diffusion.set_timesteps(10)
+    assert torch.equal(diffusion.timesteps, _with(ts_order=2.0).timesteps)
+    assert torch.equal(_with(ts_phase="rho").timesteps, _with(ts_phase="rho", ts_order=7.0).timesteps)
+
+
+def _with(**options):
+    scheduler = DEISFullScheduler(**options)
+    scheduler.set_timesteps(10)
+    return scheduler
