@@ -56,6 +56,8 @@ def door(record: MethodRecord) -> str:
         return f"pipe.scheduler = {name}.from_config(pipe.scheduler.config)"
     if issubclass(public, BaseGuidance):
         return f"modular_pipe.update_components(guider={name}())"
+    if hasattr(public, "attach") and hasattr(public, "from_pretrained"):
+        return f"handle = {name}.from_pretrained(path).attach(pipe)"
     return f"pipe = {name}.from_pipe(pipe)" if hasattr(public, "from_pipe") else f"{name}(...)"
 
 
