@@ -1,0 +1,219 @@
+"""What every adapter must do, run on each registered one with its shipped weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import diffusers_ext
+from diffusers_ext import zoo
+from diffusers_ext.adapters._common import Adapter
+from diffusers_ext.registry import list_methods
+from diffusers_ext.zoo.pipelines import ADAPTERS
+
+
+CAPTIONS = zoo.held_out(2).captions
+STEPS = 4
+OTHER = {"shapes-unet": "shapes-dit", "shapes-dit": "shapes-unet"}
+RECORDS = [record for record in list_methods(kind="adapter") if issubclass(record.public, Adapter)]
+
+
+def shipped(record) -> list[str]:
+    """Names of the weight files that ship for a method."""
+    return sorted(path.stem for path in ADAPTERS.glob("*.safetensors") if path.stem.startswith(record.slug))
+
+
+CASES = [(record, name) for record in RECORDS for name in shipped(record)]
+
+
+def model_of(name: str) -> str:
+    return next(model for model in sorted(zoo.names(), key=len, reverse=True) if name.endswith(model))
+
+
+def edges_for(adapter, pipe):
+    adapter.set_condition(pipe, zoo.conditions.edges(zoo.held_out(2).images))
+
+
+def subjects_for(adapter, pipe):
+    adapter.set_condition(pipe, zoo.conditions.subjects(zoo.held_out(2)))
+
+
+def control_for(adapter, pipe):
+    source = zoo.load("shapes-unet-eps")
+    adapter.control = diffusers_ext.CtrlAdapterControl.from_prompts(
+        zoo.load_controlnet("controlnet-edges-shapes-unet-eps"),
+        zoo.conditions.edges(zoo.held_out(2).images).expand(-1, 3, -1, -1),
+        CAPTIONS,
+        source.tokenizer,
+        source.text_encoder,
+    )
+
+
+# What an adapter needs besides its weights, by the start of the file's name.
+CONDITIONS = {"easycontrol-edge": edges_for, "easycontrol-subject": subjects_for, "ctrl-adapter": control_for}
+
+
+def load(record, name, pipe):
+    adapter = record.public.from_pretrained(zoo.adapter_file(name))
+    for start, give in CONDITIONS.items():
+        if name.startswith(start):
+            give(adapter, pipe)
+    return adapter
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[1])
+def case(request):
+    record, name = request.param
+    pipe = zoo.load(model_of(name))
+    return record, name, pipe, load(record, name, pipe)
+
+
+@pytest.fixture(autouse=True)
+def clean(request):
+    yield
+    if "case" in request.fixturenames:
+        _, _, pipe, adapter = request.getfixturevalue("case")
+        adapter.detach()
+        diffusers_ext.remove(pipe)
+
+
+def draw(pipe, **options):
+    return zoo.generate(pipe, CAPTIONS, **{"num_inference_steps": STEPS, **options})
+
+
+def traces(pipe):
+    model = diffusers_ext.denoiser_of(pipe)
+    processors = {key: type(p) for key, p in getattr(model, "attn_processors", {}).items()}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in model.modules()]
+    return hooks, processors, set(vars(model)) - {"_diffusers_hook"}
+
+
+def test_every_adapter_ships_weights():
+    assert {record.slug for record, _ in CASES} == {record.slug for record in RECORDS}
+
+
+def test_it_works_and_comes_off_without_a_trace(case):
+    _, _, pipe, adapter = case
+    plain, before = draw(pipe), traces(pipe)
+    with adapter.attach(pipe):
+        changed = draw(pipe)
+        assert torch.isfinite(changed).all() and not torch.equal(changed, plain)
+        adapter.set_scale(0)
+        assert torch.equal(draw(pipe), plain)
+        adapter.set_scale(1)
+        assert torch.equal(draw(pipe), changed)
+    assert traces(pipe) == before and torch.equal(draw(pipe), plain)
+
+
+def test_guidance_off_singles_and_half_precision(case):
+    _, _, pipe, adapter = case
+    with adapter.attach(pipe):
+        both = draw(pipe, guidance_scale=1.0)
+        assert torch.isfinite(both).all()
+        assert torch.allclose(draw(pipe, guidance_scale=1.0), both)
+    half = zoo.load(model_of(case[1]), torch.bfloat16)
+    again = load(case[0], case[1], half)
+    with again.attach(half):
+        assert torch.isfinite(draw(half)).all()
+
+
+def test_saved_and_loaded_weights_draw_the_same(case, tmp_path):
+    record, name, pipe, adapter = case
+    with adapter.attach(pipe):
+        first = draw(pipe)
+    copy = zoo.adapter_file(name).read_bytes()
+    # Attaching moved the weights to the model's precision; the file keeps what it was saved in.
+    fresh = record.public.from_pretrained(zoo.adapter_file(name))
+    assert fresh.save_file(tmp_path / "again.safetensors").read_bytes() == copy
+    folder = tmp_path / "folder"
+    fresh.save_pretrained(folder)
+    for path in (tmp_path / "again.safetensors", folder):
+        again = record.public.from_pretrained(path)
+        state = fresh.state_dict()
+        assert all(torch.equal(value.to(state[key].dtype), state[key]) for key, value in again.state_dict().items())
+    again = load(record, name, pipe)
+    with again.attach(pipe):
+        assert torch.equal(draw(pipe), first)
+
+
+def test_an_interrupted_run_leaves_nothing_behind(case):
+    _, _, pipe, adapter = case
+    with adapter.attach(pipe):
+        expected = draw(pipe)
+
+        def stop(pipeline, step, timestep, kwargs):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, callback_on_step_end=stop)
+        assert torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("first", ["lora", "adapter"])
+def test_a_lora_loaded_before_or_after(case, first):
+    from peft import LoraConfig
+
+    _, _, pipe, adapter = case
+    model = diffusers_ext.denoiser_of(pipe)
+    plain = draw(pipe)
+
+    def add_lora():
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "style")
+
+    try:
+        add_lora()
+        alone = draw(pipe)
+        model.delete_adapters("style")
+        if first == "lora":
+            add_lora()
+            adapter.attach(pipe)
+        else:
+            adapter.attach(pipe)
+            add_lora()
+        together = draw(pipe)
+        assert not torch.equal(together, alone)
+        adapter.set_scale(0)
+        assert torch.equal(draw(pipe), alone)
+        adapter.detach()
+        assert torch.equal(draw(pipe), alone)
+    finally:
+        adapter.detach()
+        model.delete_adapters("style")
+    assert torch.equal(draw(pipe), plain)
+
+
+def caches_for(name: str):
+    target = "unet" if "unet" in name else "mmdit"
+    return [r for r in list_methods(kind="cache") if {target, "any"} & set(r.targets)]
+
+
+def test_beside_every_cache(case):
+    _, name, pipe, adapter = case
+    plain = draw(pipe, num_inference_steps=8)
+    for record in caches_for(name):
+        with diffusers_ext.apply(pipe, record.public()), adapter.attach(pipe):
+            together = draw(pipe, num_inference_steps=8)
+            assert torch.isfinite(together).all() and torch.equal(draw(pipe, num_inference_steps=8), together)
+        assert torch.equal(draw(pipe, num_inference_steps=8), plain), record.slug
+
+
+def test_pairs_do_not_depend_on_the_order(case):
+    _, name, pipe, adapter = case
+    for record, other_name in CASES:
+        if other_name <= name or model_of(other_name) != model_of(name):
+            continue
+        other = load(record, other_name, pipe)
+        with adapter.attach(pipe), other.attach(pipe):
+            one = draw(pipe)
+        with other.attach(pipe), adapter.attach(pipe):
+            assert torch.allclose(draw(pipe), one, atol=1e-4), other_name
+
+
+def test_another_kind_of_model_is_refused(case):
+    _, name, _, adapter = case
+    pipe = zoo.load(OTHER.get(model_of(name), "shapes-dit"))
+    before = traces(pipe)
+    with pytest.raises((ValueError, TypeError), match="."):
+        adapter.attach(pipe)
+    assert traces(pipe) == before and not adapter.attached
