@@ -1,0 +1,19 @@
+"""What methods for other picture sizes share: the length of a run that begins anywhere in its schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..caching._common import steps_of
+
+
+def run_length(target: Any, time: float) -> int | None:
+    """Steps of the run of a pipeline that begins at this timestep; None for a model without a scheduler."""
+    scheduler = getattr(target, "scheduler", None)
+    if scheduler is None:
+        return None
+    found = (scheduler.timesteps.double() == time).nonzero().flatten().tolist()
+    if not found:
+        return steps_of(target)
+    return math.ceil((len(scheduler.timesteps) - found[0]) / getattr(scheduler, "order", 1))
