@@ -32,6 +32,10 @@ FOLDERS = {
     "LoraLoader": "loras",
     "LoraLoaderModelOnly": "loras",
     "ControlNetLoader": "controlnet",
+    "DXEasyControlLoader": "diffusers_ext_adapters",
+    "DXCtrlAdapterLoader": "diffusers_ext_adapters",
+    "DXSCTunerLoader": "diffusers_ext_adapters",
+    "DXCSCTunerApply": "diffusers_ext_adapters",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..apply import Applied, Attachment, MethodConfig, apply, denoiser_of
 from ..caching._common import Inputs, place_of
@@ -151,6 +151,10 @@ class Adapter(ModelMixin, ConfigMixin):
         if mine.device != sample.device or mine.dtype != sample.dtype:
             self.to(sample.device, sample.dtype)
 
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
+        # ModelMixin.to warns at every change of dtype, also where nothing has to stay in float32.
+        return torch.nn.Module.to(self, *args, **kwargs)
+
     def save_file(self, path: str | Path) -> Path:
         """Save weights and config in one safetensors file, which ComfyUI's loaders list by name.
 
@@ -161,7 +165,7 @@ class Adapter(ModelMixin, ConfigMixin):
         _require_suffix(path)
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
         metadata = {"class": type(self).__name__, _CONFIG: json.dumps(config)}
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, path, metadata)
+        _write(path, {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, metadata)
         return path
 
     @classmethod
@@ -207,6 +211,17 @@ class Adapter(ModelMixin, ConfigMixin):
         return model.to(torch_dtype or next(iter(tensors.values())).dtype).eval()
 
 
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; the same weights give the same bytes, as safetensors itself shuffles the metadata."""
+    packed = save(tensors, metadata)
+    body = 8 + int.from_bytes(packed[:8], "little")
+    header = json.loads(packed[8:body])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + packed[body:])
+
+
 def _require_suffix(path: Path) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path.name} does not end in .safetensors: adapters are kept in safetensors files only")
@@ -230,7 +245,9 @@ def conditional_rows(target: Any, batch: int) -> slice:
     Pipelines put the unconditional rows of classifier-free guidance first and those of perturbed-attention guidance
     last. For a model without a pipeline all rows count.
     """
-    guided = getattr(target, "_guidance_scale", None) is not None and bool(target.do_classifier_free_guidance)
+    guided = getattr(target, "_guidance_scale", None) is not None and bool(
+        getattr(target, "do_classifier_free_guidance", False)
+    )
     perturbed = getattr(target, "_pag_scale", None) is not None and bool(target.do_perturbed_attention_guidance)
     parts = 1 + guided + perturbed
     if batch % parts:

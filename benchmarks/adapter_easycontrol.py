@@ -1,0 +1,176 @@
+"""EasyControl: agreement with edges, of one condition and of two, and what a condition costs on FLUX.1's sizes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
+
+from benchmarks.adapter import parameters_of, size_of
+from benchmarks.tool import grid
+from diffusers_ext import EasyControlAdapter, zoo
+from diffusers_ext.adapters._easycontrol_stream import Bank, flux_attentions, flux_stream, put_on
+from diffusers_ext.eval import PairedTiming, count_macs, paired_ratio
+from diffusers_ext.registry import MethodRecord
+from diffusers_ext.training.denoising import image_ids
+from diffusers_ext.zoo.conditions import edge_f1, edge_iou, edges
+
+
+PICTURES, STEPS = 48, 20
+COLUMNS = ["Caption", "Control", "Edge IoU (exact)", "Edge F1 (1 pixel)", "Judge: layout", "Judge: all attributes"]
+FULL, SHORT, WIDE = "full", "short", "full, 80 x 64 pixels"
+
+
+@functools.cache
+def scenes() -> zoo.Scenes:
+    """What is asked for."""
+    return zoo.held_out(PICTURES)
+
+
+@functools.cache
+def wanted() -> torch.Tensor:
+    """Their edges."""
+    return edges(scenes().images)
+
+
+def object_edges(which: int) -> torch.Tensor:
+    """Edges of the first (0) or second (1) objects alone."""
+    return edges((scenes().masks[:, which : which + 1] * 2 - 1).expand(-1, 3, -1, -1))
+
+
+def trained() -> EasyControlAdapter:
+    """The shipped adapter."""
+    return EasyControlAdapter.from_pretrained(zoo.adapter_file("easycontrol-edge-shapes-dit"))
+
+
+def agreement(images: torch.Tensor) -> tuple[float, float]:
+    """IoU of edge pixels, and their F1 within one pixel, of pictures of any shape, scaled to 64 x 64."""
+    if images.shape[-2:] != (64, 64):
+        images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
+    found = edges(images)
+    return edge_iou(found, wanted(), tolerance=0).mean().item(), edge_f1(found, wanted()).mean().item()
+
+
+def pictures_of(pipe: Any) -> dict[tuple[str, str], torch.Tensor]:
+    """Pictures by (caption, control)."""
+    full, short = scenes().captions, zoo.scenes(PICTURES, 999, drop=1.0).captions
+    one, other, found = trained(), trained(), {}
+
+    def draw(captions: list[str], **size: int) -> torch.Tensor:
+        return zoo.generate(pipe, captions, STEPS, batch_size=PICTURES, **size)
+
+    found[FULL, "none"], found[SHORT, "none"] = draw(full), draw(short)
+    conditions = {
+        "edges": wanted(),
+        "edges of another scene": wanted().roll(1, 0),
+        "black": torch.zeros_like(wanted()),
+    }
+    with one.attach(pipe):
+        for name, condition in conditions.items():
+            one.set_condition(pipe, condition)
+            found[FULL, name] = draw(full)
+        one.set_condition(pipe, wanted())
+        found[WIDE, "edges"], found[SHORT, "edges"] = draw(full, width=80), draw(short)
+        one.set_condition(pipe, object_edges(0))
+        other.set_condition(pipe, object_edges(1))
+        with other.attach(pipe):
+            found[SHORT, "edges of each object, two conditions"] = draw(short)
+    return found
+
+
+def quality_rows(pictures: dict[tuple[str, str], torch.Tensor]) -> list[list[str]]:
+    """One row per kind of picture."""
+    judge, rows = zoo.load_judge(), []
+    for (caption, control), images in sorted(pictures.items()):
+        iou, f1 = agreement(images)
+        seen = judge.accuracy(F.interpolate(images, (64, 64), mode="bilinear", antialias=True), scenes().specs)
+        rows.append([caption, control, f"{iou:.3f}", f"{f1:.3f}", f"{seen['layout']:.1%}", f"{seen['all']:.1%}"])
+    return rows
+
+
+def flux(blocks: tuple[int, int] = (19, 38), heads: int = 24) -> FluxTransformer2DModel:
+    """FLUX.1-dev, or a smaller one with heads of the same size."""
+    return FluxTransformer2DModel(
+        num_layers=blocks[0], num_single_layers=blocks[1], num_attention_heads=heads, guidance_embeds=True
+    ).eval()
+
+
+def inputs(device: str, side: int = 64, words: int = 512) -> dict[str, torch.Tensor]:
+    """Arguments of a call for `side` x `side` image tokens; 64 is a picture of 1024 x 1024 pixels."""
+    return {
+        "hidden_states": torch.zeros(1, side * side, 64, device=device),
+        "encoder_hidden_states": torch.zeros(1, words, 4096, device=device),
+        "pooled_projections": torch.zeros(1, 768, device=device),
+        "timestep": torch.ones(1, device=device),
+        "guidance": torch.ones(1, device=device),
+        "img_ids": image_ids(2 * side, 2 * side, device=device),
+        "txt_ids": torch.zeros(words, 3, device=device),
+    }
+
+
+def costs() -> str:
+    """Counted on FLUX.1-dev at 1024 x 1024 with a condition of 512 x 512, beside a ControlNet of 5 + 10 blocks."""
+    call = inputs("meta")
+    with torch.device("meta"):
+        model, adapter = flux(), EasyControlAdapter()
+        net = FluxControlNetModel(num_layers=5, num_single_layers=10, guidance_embeds=True).eval()
+        latents = torch.zeros(1, 16, 64, 64)
+    stream = flux_stream(model, call["pooled_projections"], call["guidance"], torch.float32)
+    condition = (stream, latents, "spatial", (64, 64))
+    with torch.no_grad():
+        pairs = adapter.encode(*condition)
+        residuals = net(**call, controlnet_cond=call["hidden_states"], return_dict=False)
+    base, once = count_macs(model, **call), count_macs(adapter.encode, *condition)
+    put_on(flux_attentions(model), Bank(adapter, made=pairs))
+    more = count_macs(model, **call) - base
+    control = count_macs(net, **call, controlnet_cond=call["hidden_states"])
+    return (
+        "FLUX.1-dev sizes, 1024 x 1024, condition 512 x 512 (25 % of the tokens), counted: EasyControl "
+        f"{parameters_of(adapter) / 1e6:.1f} M parameters, {more / base:+.1%} MACs per step and {once / base:.1%} of "
+        f"a step once, {size_of(pairs) / 1e9:.2f} GB of keys and values; a ControlNet of 5 + 10 blocks "
+        f"{parameters_of(net) / 1e6:.0f} M parameters, {control / base:+.1%} MACs per step, "
+        f"{size_of(residuals) / 1e9:.2f} GB of residuals (bfloat16). diffusers has no T2I-Adapter for Flux."
+    )
+
+
+def step_times(pairs: int = 5) -> tuple[PairedTiming, PairedTiming]:
+    """Time of a step with a condition of 25 % of the tokens over one without: cached, and computed anew each step."""
+    torch.manual_seed(0)
+    plain, call = flux((2, 4), 4), inputs("cpu", 32, 128)
+    controlled, adapter = copy.deepcopy(plain), EasyControlAdapter.for_model(plain, rank=16)
+    adapter.set_latents(torch.randn(1, 16, 32, 32))
+
+    def step(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            model(**call)
+
+    times = []
+    with adapter.attach(controlled):
+        for cached in (True, False):
+            adapter.use_kv_cache = cached
+            runs = functools.partial(step, controlled), functools.partial(step, plain)
+            times.append(paired_ratio(*runs, pairs=pairs, clock=time.process_time))
+    return times[0], times[1]
+
+
+def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
+    """Measure EasyControl; returns what `benchmarks/run.py` expects."""
+    pictures, (cached, anew) = pictures_of(zoo.load("shapes-dit")), step_times()
+    notes = (
+        f"shapes-dit, {PICTURES} held-out scenes, {STEPS} steps, guidance 3, an adapter of 164 thousand parameters. A "
+        "full caption alone puts most objects near their edges; a short one says neither place, size nor ground, but "
+        "the judge reads them all the same. Two conditions: the adapter twice, each with the outline of one object; "
+        "the ground is free. Wide pictures are scaled to 64 x 64 before. "
+        f"{costs()} Measured on 2 + 4 blocks of width 512, 1024 image and 128 text tokens, condition of 25 %: time of "
+        f"a step over the plain one {cached} with the cache, {anew} without."
+    )
+    shown = {"scenes": scenes().images, "their edges": wanted().expand(-1, 3, -1, -1) * 2 - 1}
+    shown |= {f"caption: {c}\ncontrol: {k}": pictures[c, k] for c in (FULL, SHORT) for k in ("none", "edges")}
+    picture = grid({name: images[:8] for name, images in shown.items()}, out_dir / "easycontrol.png")
+    return {"columns": COLUMNS, "rows": quality_rows(pictures), "notes": notes, "picture": picture}
