@@ -7,8 +7,9 @@ diffusers' own first-block cache for transformers.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,9 @@ from diffusers_ext.registry import MethodRecord
 
 INTERVALS = (2, 3, 5)
 THRESHOLDS = (0.1, 0.2, 0.4)
+RATIOS = (0.75, 0.5, 0.25)
+# What fits a wall clock on one processor: PixArt-alpha's blocks at half their width, a quarter of its tokens.
+SMALL_PIXART = {"num_layers": 4, "attention_head_dim": 36, "cross_attention_dim": 576, "sample_size": 64}
 COLUMNS = ["Model", "Setting", "MACs", "Time", "PSNR to uncached", "Judge: all attributes"]
 
 
@@ -50,12 +54,14 @@ class Size:
 
 
 def _configs(record: MethodRecord) -> dict[str, Any]:
-    """Three strengths, weakest first: by interval where the method has one, else its default alone."""
+    """Three strengths, weakest first, by the field that a method has for it; else its default alone."""
     fields = record.public.__dataclass_fields__
     if "cache_interval" in fields:
         return {f"N = {n}": record.public(cache_interval=n) for n in INTERVALS}
     if "key_steps" in fields:
         return {f"key steps {k}": record.public(key_steps=k) for k in (2, "50ls", 8)}
+    if "sample_ratio" in fields:
+        return {f"{r:.0%} of tokens": record.public(sample_ratio=r) for r in RATIOS}
     return {"default": record.public()}
 
 
@@ -78,11 +84,53 @@ def _first_block(pipe: Any, threshold: float) -> Iterator[None]:
     """diffusers' own first-block cache, the peer of transformer caches."""
     from diffusers.hooks import FirstBlockCacheConfig
 
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    config = FirstBlockCacheConfig(threshold=threshold)
+    if not hasattr(pipe.transformer, "enable_cache"):  # PixArt: diffusers offers its caches to other models only
+        with diffusers_ext.apply(pipe, config):
+            yield
+        return
+    pipe.transformer.enable_cache(config)
     try:
         yield
     finally:
         pipe.transformer.disable_cache()
+
+
+@contextmanager
+def _random_tokens(pipe: Any) -> Iterator[None]:
+    """RAS with half of the tokens, drawn afresh at every step."""
+    from diffusers_ext import RASConfig
+    from diffusers_ext.caching import ras_tokens
+
+    scores, generator = ras_tokens.token_scores, torch.Generator().manual_seed(0)
+    ras_tokens.token_scores = lambda *args: torch.rand(scores(*args).shape, generator=generator)
+    try:
+        with diffusers_ext.apply(pipe, RASConfig(0.5, starvation_scale=0.0)):
+            yield
+    finally:
+        ras_tokens.token_scores = scores
+
+
+@contextmanager
+def _every_other_output(pipe: Any) -> Iterator[None]:
+    """The whole output of the step before, on every other of the steps on which RAS leaves out tokens."""
+    from diffusers_ext import RASConfig
+
+    plan, calls, last, original = RASConfig(0.5).plan(20), Counter(), {}, pipe.transformer.forward
+    reused = [step for step in range(20) if plan.skipped(step, 64)][::2]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kind = kwargs["encoder_hidden_states"].data_ptr()
+        calls[kind] += 1
+        if calls[kind] - 1 not in reused:
+            last[kind] = original(*args, **kwargs)
+        return last[kind]
+
+    pipe.transformer.forward = forward
+    try:
+        yield
+    finally:
+        del pipe.transformer.forward
 
 
 def settings_of(record: MethodRecord) -> list[Setting]:
@@ -96,6 +144,8 @@ def settings_of(record: MethodRecord) -> list[Setting]:
     if record.slug == "delta-dit":
         config = record.public(span_order="front_then_rear")
         rows.append(Setting("N = 2, front then rear", lambda pipe: diffusers_ext.apply(pipe, config)))
+    if record.slug == "ras":
+        rows += [Setting("50%, at random", _random_tokens), Setting("every other whole output", _every_other_output)]
     if "unet" not in record.targets:
         peer = "diffusers FirstBlockCache"
         rows += [Setting(f"{peer}, threshold {x}", lambda pipe, x=x: _first_block(pipe, x)) for x in THRESHOLDS]
@@ -211,39 +261,45 @@ def key_step_rows(record: MethodRecord) -> Iterator[list[Any]]:
         yield ["SD 1.5 size, random weights", name, f"{share:.3f}", "", "", ""]
 
 
-def _pixart(device: str) -> tuple[Any, Callable[[], None]]:
-    """PixArt-alpha's transformer with random weights, and a call of it with guidance on 128 x 128 latents."""
+def _pixart(device: str, sample_size: int = 128, **changes: int) -> tuple[Any, Callable[[], None]]:
+    """PixArt-alpha's transformer with random weights, and a run of 20 steps on one picture."""
     from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
 
+    torch.manual_seed(0)
     with torch.device(device):
-        model = PixArtTransformer2DModel(sample_size=128, caption_channels=4096, use_additional_conditions=False)
-        latents, text = torch.randn(2, 4, 128, 128), torch.randn(2, 120, 4096)
+        model = PixArtTransformer2DModel(
+            sample_size=sample_size, caption_channels=4096, use_additional_conditions=False, **changes
+        )
+        noise, text = torch.randn(1, 4, sample_size, sample_size), torch.randn(1, 120, 4096)
     model.eval().requires_grad_(False)
     # Caches read the timestep, which has no value on the meta device: it gets there inside of the model.
     model.adaln_single.register_forward_pre_hook(lambda _, args: (args[0].to(device), *args[1:]))
     pipe = SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler())
-    pipe.scheduler.set_timesteps(20)
-    timesteps = iter(pipe.scheduler.timesteps)
 
     @torch.no_grad()
-    def call() -> None:
-        model(latents, text, timestep=next(timesteps).expand(2), return_dict=False)
+    def run() -> None:
+        latents = noise
+        pipe.scheduler.set_timesteps(20)
+        for t in pipe.scheduler.timesteps:
+            velocity = model(latents, text, timestep=t.expand(1), return_dict=False)[0].chunk(2, 1)[0]
+            latents = pipe.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
-    return pipe, call
+    return pipe, run
 
 
 def transformer_rows(record: MethodRecord) -> Iterator[list[Any]]:
-    """MACs on a transformer of PixArt-alpha's size: every call of a run of 20 steps, on the meta device."""
-
-    def macs(turned_on: Callable[[Any], AbstractContextManager]) -> int:
-        pipe, call = _pixart("meta")
-        with turned_on(pipe):
-            return sum(count_macs(call) for _ in pipe.scheduler.timesteps)
-
-    plain = macs(nullcontext)
+    """A transformer of PixArt-alpha's size on the meta device, and a smaller one on the clock, beside the peer."""
+    pipe, run = _pixart("meta")
     for name, config in _configs(record).items():
-        share = macs(lambda pipe, config=config: diffusers_ext.apply(pipe, config)) / plain
+        share = _ratio_of_macs(run, lambda config=config: diffusers_ext.apply(pipe, config))
         yield ["PixArt-alpha size, random weights", name, f"{share:.3f}", "", "", ""]
+    pipe, run = _pixart("cpu", **SMALL_PIXART)
+    for setting in settings_of(record):
+        if setting.turned_on in (_random_tokens, _every_other_output):
+            continue
+        macs = _ratio_of_macs(run, lambda s=setting: s.turned_on(pipe))
+        timing = _time_ratio(run, lambda s=setting: s.turned_on(pipe), pairs=2)
+        yield ["PixArt blocks, random weights", setting.name, f"{macs:.3f}", str(timing), "", ""]
 
 
 def _grid(pictures: dict[str, torch.Tensor], path: Path, count: int = 6) -> Path:
@@ -297,6 +353,10 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
         )
     else:
         rows += transformer_rows(record)
-        notes += " PixArt-alpha size: random weights, 128 x 128 latents with guidance, transformer calls of 20 steps."
+        notes += (
+            " PixArt-alpha size: random weights, 128 x 128 latents, 20 steps. PixArt blocks: 4 "
+            "layers 576 wide, 64 x 64 latents (1024 tokens), otherwise the same; where the peer "
+            "decides by its threshold, random weights decide what it skips: compare Time with MACs."
+        )
     picture = _grid(pictures, out_dir / f"{record.slug}.png")
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": picture}
