@@ -11,8 +11,19 @@ from functools import partial
 import comfy.ldm.modules.diffusionmodules.model as autoencoder_blocks
 import comfy.ops
 import torch
-from comfy import latent_formats, model_base, model_management, model_patcher, sd, sd1_clip, supported_models_base
+from comfy import (
+    controlnet,
+    latent_formats,
+    model_base,
+    model_management,
+    model_patcher,
+    sd,
+    sd1_clip,
+    supported_models_base,
+)
+from comfy.cldm import cldm
 from comfy.clip_model import CLIPTextModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from comfy.text_encoders.flux import FluxClipModel
 from comfy.text_encoders.t5 import T5
 
@@ -78,6 +89,32 @@ def load_model(name: str):
     )
     model.diffusion_model.load_state_dict(state, strict=True, assign=patcher.is_dynamic())
     return patcher
+
+
+def _hint_encoder(channels: list[int], hint_channels: int, width: int, operations: type) -> torch.nn.Module:
+    """The condition's encoder of a ControlNet: `channels` at falling resolutions, then `width`."""
+    layers = [operations.Conv2d(hint_channels, channels[0], 3, padding=1)]
+    for before, after in zip(channels[:-1], channels[1:]):
+        layers += [torch.nn.SiLU(), operations.Conv2d(before, before, 3, padding=1)]
+        layers += [torch.nn.SiLU(), operations.Conv2d(before, after, 3, padding=1, stride=2)]
+    return TimestepEmbedSequential(*layers, torch.nn.SiLU(), operations.Conv2d(channels[-1], width, 3, padding=1))
+
+
+def load_controlnet(name: str):
+    """A shipped ControlNet as a ComfyUI CONTROL_NET. An unknown name raises `ValueError`."""
+    from diffusers_ext import zoo
+
+    model = zoo.load_controlnet(name)
+    config, widths = dict(model.config), list(model.config.conditioning_embedding_out_channels)
+    operations = _operations(config["norm_num_groups"])
+    network = cldm.ControlNet(**layout.controlnet_arguments(config), operations=operations, dtype=torch.float32)
+    network.input_hint_block = _hint_encoder(
+        widths, config["conditioning_channels"], config["block_out_channels"][0], operations
+    )
+    network.load_state_dict(layout.controlnet_state(model.state_dict(), config), strict=True)
+    return controlnet.ControlNet(
+        network, compression_ratio=2 ** (len(widths) - 1), load_device=model_management.get_torch_device()
+    )
 
 
 @contextlib.contextmanager

@@ -10,8 +10,12 @@ from comfy_api.latest import io
 
 def _shipped_models() -> list[str]:
     """Names of the models that lie in `diffusers_ext`, found without importing it."""
+    return sorted(p.parent.name for p in _weights().glob("*/manifest.json"))
+
+
+def _weights() -> Path:
     (package,) = importlib.util.find_spec("diffusers_ext").submodule_search_locations
-    return sorted(p.parent.name for p in Path(package).glob("zoo/weights/*/manifest.json"))
+    return Path(package) / "zoo/weights"
 
 
 class DXLoadShapes(io.ComfyNode):
@@ -50,4 +54,29 @@ class DXLoadShapes(io.ComfyNode):
         return io.NodeOutput(_shapes.load_model(model), _shapes.load_clip(model), _shapes.load_vae(model))
 
 
-NODES = [DXLoadShapes]
+class DXLoadShapesControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = sorted(p.stem for p in _weights().glob("adapters/controlnet-*.safetensors"))
+        return io.Schema(
+            node_id="DXLoadShapesControlNet",
+            display_name="Load Shapes ControlNet",
+            category="diffusers-ext/zoo",
+            description="Loads a small trained ControlNet that ships with this pack, for the shapes models.",
+            search_aliases=["tiny controlnet", "test controlnet", "edges", "canny", "diffusers-ext"],
+            inputs=[
+                io.Combo.Input(
+                    "controlnet", options=files, tooltip="Its condition and the model it was made for are in its name."
+                )
+            ],
+            outputs=[io.ControlNet.Output(tooltip="Takes pictures of white edges on black, 64 x 64.")],
+        )
+
+    @classmethod
+    def execute(cls, controlnet) -> io.NodeOutput:
+        from . import _shapes
+
+        return io.NodeOutput(_shapes.load_controlnet(controlnet))
+
+
+NODES = [DXLoadShapes, DXLoadShapesControlNet]

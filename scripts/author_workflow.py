@@ -34,8 +34,6 @@ FOLDERS = {
     "ControlNetLoader": "controlnet",
     "DXEasyControlLoader": "diffusers_ext_adapters",
     "DXCtrlAdapterLoader": "diffusers_ext_adapters",
-    "DXSCTunerLoader": "diffusers_ext_adapters",
-    "DXCSCTunerApply": "diffusers_ext_adapters",
 }
 
 

@@ -62,7 +62,9 @@ def encode_text(pipe, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def shapes_set(pipe, n: int, seed: int = TRAIN_SEED, change: Callable | None = None) -> ShapesSet:
+def shapes_set(
+    pipe, n: int, seed: int = TRAIN_SEED, change: Callable | None = None, drop: float = _CAPTION_DROP
+) -> ShapesSet:
     """Draw and encode `n` scenes of the training sequence.
 
     Args:
@@ -71,8 +73,9 @@ def shapes_set(pipe, n: int, seed: int = TRAIN_SEED, change: Callable | None = N
         seed: Of the sequence; 999 is held out.
         change: Applied to the pictures before they are encoded, `[m, 3, 64, 64]` in [-1, 1] -> the same, given as
             (pictures, index of the first).
+        drop: Probability with which each optional phrase of a caption is left out.
     """
-    scenes = world.scenes(n, seed, drop=_CAPTION_DROP)
+    scenes = world.scenes(n, seed, drop=drop)
     latents = []
     for start in tqdm(range(0, n, _BATCH), desc="latents", leave=False):
         images = scenes.images[start : start + _BATCH]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from . import conditions, world
 from .judge import Judge, load_judge
-from .pipelines import adapter_file, check_folder, generate, load, load_folder, names, write_manifest
+from .pipelines import adapter_file, check_folder, generate, load, load_controlnet, load_folder, names, write_manifest
 from .world import Scenes, caption, held_out, parse, scenes
 
 
@@ -25,6 +25,7 @@ __all__ = [
     "generate",
     "held_out",
     "load",
+    "load_controlnet",
     "load_folder",
     "load_judge",
     "names",

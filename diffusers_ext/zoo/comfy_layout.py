@@ -170,6 +170,30 @@ def unet_state(state: StateDict, config: dict) -> StateDict:
     return _rename(state, pairs())
 
 
+def controlnet_arguments(config: dict) -> dict:
+    """Constructor arguments of ComfyUI's `ControlNet` for a `ControlNetModel` config."""
+    whole = {**config, "sample_size": None, "out_channels": None, "up_block_types": []}
+    middle = {"transformer_depth_middle": 1 if "CrossAttn" in config["mid_block_type"] else -1}
+    return {**unet_arguments(whole), "hint_channels": config["conditioning_channels"], **middle}
+
+
+def controlnet_state(state: StateDict, config: dict) -> StateDict:
+    """Weights of a `ControlNetModel` under the names of ComfyUI's `ControlNet`.
+
+    Its encoder of the condition is a list of convolutions with an activation after each but the last.
+    """
+    own = {"controlnet_mid_block": "middle_block_out.0", "controlnet_cond_embedding.conv_in": "input_hint_block.0"}
+    steps = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
+    own |= {f"controlnet_cond_embedding.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(steps)}
+    own["controlnet_cond_embedding.conv_out"] = f"input_hint_block.{2 * steps + 2}"
+    count = len(config["block_out_channels"]) * (config["layers_per_block"] + 1)
+    own |= {f"controlnet_down_blocks.{k}": f"zero_convs.{k}.0" for k in range(count)}
+    mine = {key: value for key, value in state.items() if key.startswith("controlnet_")}
+    rest = {key: value for key, value in state.items() if not key.startswith("controlnet_")}
+    none = [""] * len(config["block_out_channels"])
+    return {**_rename(mine, own.items()), **unet_state(rest, {**config, "up_block_types": none})}
+
+
 def flux_arguments(config: dict, latent_channels: int) -> dict:
     """Constructor arguments of ComfyUI's `Flux` for a `FluxTransformer2DModel` config."""
     patch = int((config["in_channels"] // latent_channels) ** 0.5)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from ..registry import unknown
 from . import world
@@ -74,6 +75,29 @@ def adapter_file(name: str) -> Path:
     if name not in known:
         raise ValueError(unknown("zoo adapter", name, known))
     return known[name]
+
+
+def load_controlnet(name: str | Path, dtype: torch.dtype = torch.float32):
+    """A shipped `ControlNetModel` for one of the models, such as `"controlnet-edges-shapes-unet-eps"`.
+
+    Args:
+        name: See `adapter_file`; or the path of a file that the training example wrote.
+        dtype: Precision to compute in.
+
+    Raises:
+        ValueError: No such file, or it holds no ControlNet.
+    """
+    from diffusers import ControlNetModel
+    from safetensors.torch import load_file
+
+    path = name if isinstance(name, Path) else adapter_file(name)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("class") != ControlNetModel.__name__:
+        raise ValueError(f"{name} holds a {metadata.get('class')}, not a ControlNetModel")
+    model = ControlNetModel(**json.loads(metadata["config"]))
+    model.load_state_dict(load_file(path))
+    return model.to(dtype).eval()
 
 
 def _model_files(folder: Path) -> Iterator[Path]:
