@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +73,37 @@ def line_chart(
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def picture_grid(lines: dict[str, Any], path: Path, count: int | None = None) -> Path:
+    """Save rows of pictures, a label before each.
+
+    Args:
+        lines: Label -> `[n, 3, h, w]` in [-1, 1].
+        path: Of the PNG.
+        count: Pictures per row; default: as many as the longest row has, at most 8.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count = count or min(8, max(len(images) for images in lines.values()))
+    size = (1.1 * count + 1.5, 1.15 * len(lines))
+    figure, axes = pyplot.subplots(len(lines), count, figsize=size, dpi=120, squeeze=False)
+    for line, (label, images) in zip(axes, lines.items()):
+        for cell in line:
+            cell.set(xticks=[], yticks=[])
+        for cell, image in zip(line, images):
+            cell.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="nearest")
+        for cell in line[len(images) :]:
+            cell.axis("off")
+        wrapped = "\n".join(textwrap.fill(part, 18) for part in label.split("\n"))
+        line[0].set_ylabel(wrapped, fontsize=7, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.4)
     figure.savefig(path)
     pyplot.close(figure)
     return path

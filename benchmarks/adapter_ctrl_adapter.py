@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
 
+from benchmarks._common import picture_grid
 from benchmarks.adapter import parameters_of
-from benchmarks.tool import grid
 from diffusers_ext import CtrlAdapterControl, CtrlAdapterModel, zoo
 from diffusers_ext.eval import count_macs
 from diffusers_ext.registry import MethodRecord
@@ -162,7 +162,12 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
         "backbone frozen (steps and data in examples/train_adapters/README.md). "
         f"{small_cost(drawing)}. {sdxl_cost()}."
     )
-    return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": grid(_few(pictures), out_dir / "grid.png")}
+    return {
+        "columns": COLUMNS,
+        "rows": rows,
+        "notes": notes,
+        "picture": picture_grid(_few(pictures), out_dir / "grid.png"),
+    }
 
 
 def _few(pictures: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
+from benchmarks._common import picture_grid
 from benchmarks.adapter import parameters_of, size_of
-from benchmarks.tool import grid
 from diffusers_ext import EasyControlAdapter, zoo
 from diffusers_ext.adapters._easycontrol_stream import Bank, flux_attentions, flux_stream, put_on
 from diffusers_ext.eval import PairedTiming, count_macs, paired_ratio
@@ -172,5 +172,5 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
     )
     shown = {"scenes": scenes().images, "their edges": wanted().expand(-1, 3, -1, -1) * 2 - 1}
     shown |= {f"caption: {c}\ncontrol: {k}": pictures[c, k] for c in (FULL, SHORT) for k in ("none", "edges")}
-    picture = grid({name: images[:8] for name, images in shown.items()}, out_dir / "easycontrol.png")
+    picture = picture_grid({name: images[:8] for name, images in shown.items()}, out_dir / "easycontrol.png")
     return {"columns": COLUMNS, "rows": quality_rows(pictures), "notes": notes, "picture": picture}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
 import diffusers_ext
-from benchmarks.cache import _grid as picture_grid
+from benchmarks._common import picture_grid
 from diffusers_ext import AttentionEntropyScalingConfig, zoo
 from diffusers_ext.eval import paired_ratio
 from diffusers_ext.registry import MethodRecord

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import diffusers_ext
+from benchmarks._common import picture_grid
 from diffusers_ext import zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import MethodRecord
@@ -66,7 +67,7 @@ def _configs(record: MethodRecord) -> dict[str, Any]:
 
 
 @contextmanager
-def _helper(pipe: Any, interval: int) -> Iterator[None]:
+def helper(pipe: Any, interval: int) -> Iterator[None]:
     """The published helper package of DeepCache, the peer."""
     from DeepCache import DeepCacheSDHelper
 
@@ -133,14 +134,19 @@ def _every_other_output(pipe: Any) -> Iterator[None]:
         del pipe.transformer.forward
 
 
-def settings_of(record: MethodRecord) -> list[Setting]:
-    """All rows of a method: its own settings, then its peers'."""
-    rows = [
+def own_settings(record: MethodRecord) -> list[Setting]:
+    """The settings of a method itself."""
+    return [
         Setting(name, lambda pipe, config=config: diffusers_ext.apply(pipe, config))
         for name, config in _configs(record).items()
     ]
+
+
+def settings_of(record: MethodRecord) -> list[Setting]:
+    """All rows of a method: its own settings, then its peers'."""
+    rows = own_settings(record)
     if record.slug == "deepcache":
-        rows += [Setting(f"N = {n}, PyPI DeepCache 0.1.1", lambda pipe, n=n: _helper(pipe, n)) for n in INTERVALS]
+        rows += [Setting(f"N = {n}, PyPI DeepCache 0.1.1", lambda pipe, n=n: helper(pipe, n)) for n in INTERVALS]
     if record.slug == "delta-dit":
         config = record.public(span_order="front_then_rear")
         rows.append(Setting("N = 2, front then rear", lambda pipe: diffusers_ext.apply(pipe, config)))
@@ -302,25 +308,6 @@ def transformer_rows(record: MethodRecord) -> Iterator[list[Any]]:
         yield ["PixArt blocks, random weights", setting.name, f"{macs:.3f}", str(timing), "", ""]
 
 
-def _grid(pictures: dict[str, torch.Tensor], path: Path, count: int = 6) -> Path:
-    """One line of pictures per setting, uncached on top."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(pictures), count, figsize=(1.15 * count + 0.9, 1.15 * len(pictures)), dpi=120)
-    for line, (name, images) in zip(axes, pictures.items()):
-        for cell, image in zip(line, images):
-            cell.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="nearest")
-            cell.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path)
-    pyplot.close(figure)
-    return path
-
-
 def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
     """Measure a cache.
 
@@ -358,5 +345,5 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
             "layers 576 wide, 64 x 64 latents (1024 tokens), otherwise the same; where the peer "
             "decides by its threshold, random weights decide what it skips: compare Time with MACs."
         )
-    picture = _grid(pictures, out_dir / f"{record.slug}.png")
+    picture = picture_grid(pictures, out_dir / f"{record.slug}.png")
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": picture}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 import diffusers_ext
-from benchmarks.cache import _grid as picture_grid
+from benchmarks._common import picture_grid
 from diffusers_ext import HiDiffusionConfig, zoo
 from diffusers_ext.attention._hidiffusion_plan import Active
 from diffusers_ext.attention.hidiffusion import placement_of

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from benchmarks._common import picture_grid
 from benchmarks.scheduler import GUIDANCE, Bed, decode, make_bed, overhead, run
-from benchmarks.tool import grid
 from diffusers_ext import zoo
 from diffusers_ext.eval.metrics import frechet_distance, mean_psnr
 from diffusers_ext.registry import MethodRecord
@@ -64,5 +64,5 @@ def bench(
             "4 x 128 x 128 latents, beside "
             f"diffusers' DPM-Solver++: {overhead(record)}."
         ),
-        "picture": grid({name: drawn[name][:8] for name in last}, Path(out_dir) / f"{record.slug}.png"),
+        "picture": picture_grid({name: drawn[name][:8] for name in last}, Path(out_dir) / f"{record.slug}.png"),
     }

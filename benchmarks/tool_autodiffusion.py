@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks._common import picture_grid
 from benchmarks.scheduler import GUIDANCE, Bed, decode, make_bed, peer
-from benchmarks.tool import grid
 from diffusers_ext import TimestepSearch, zoo
 from diffusers_ext.apply import denoiser_of
 from diffusers_ext.eval import mean_psnr
@@ -110,5 +110,5 @@ def bench(record: MethodRecord, out_dir: Path, pictures: int = PICTURES, cases=C
         "other noise. Operations of the denoiser relative to the whole one; processor time of the search."
     )
     columns = ["Model", "Sampler", "Steps", "Timesteps", "Error", "PSNR", "Judge", "Operations", "Search"]
-    picture = grid(lines, Path(out_dir) / f"{record.slug}.png")
+    picture = picture_grid(lines, Path(out_dir) / f"{record.slug}.png")
     return {"columns": columns, "rows": rows, "notes": notes, "picture": picture}

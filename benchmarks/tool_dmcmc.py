@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tool import grid
+from benchmarks._common import picture_grid
 from diffusers_ext import zoo
 from diffusers_ext.registry import MethodRecord
 from diffusers_ext.schedulers._pictures import starting_noise
@@ -76,7 +76,7 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
         "columns": columns,
         "rows": rows,
         "notes": notes,
-        "picture": grid(drawn, Path(out_dir) / f"{record.slug}.png"),
+        "picture": picture_grid(drawn, Path(out_dir) / f"{record.slug}.png"),
     }
 
 

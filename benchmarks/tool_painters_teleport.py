@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from benchmarks.tool import grid
+from benchmarks._common import picture_grid
 from diffusers_ext import GaussianStatistics, teleport_call, zoo
 from diffusers_ext.eval import mean_psnr
 from diffusers_ext.registry import MethodRecord
@@ -72,4 +72,9 @@ def bench(record: MethodRecord, out_dir: Path, pictures: int = 8) -> dict[str, A
         f"shapes-unet, {pictures} pictures of a prompt from the same noise; statistics of {SAMPLES} other latents "
         f"of that prompt and guidance, drawn with 10 steps. All of it took {time.perf_counter() - began:.0f} s."
     )
-    return {"columns": columns, "rows": rows, "notes": notes, "picture": grid(lines, out_dir / f"{record.slug}.png")}
+    return {
+        "columns": columns,
+        "rows": rows,
+        "notes": notes,
+        "picture": picture_grid(lines, out_dir / f"{record.slug}.png"),
+    }
