@@ -522,6 +522,10 @@ class TestLearnt:
         for name in (CONTROLNET, "ctrl-adapter-shapes-unet"):
             assert zoo.adapter_file(name).stat().st_size < 3e6
 
+    def test_other_files_are_no_controlnet(self):
+        with pytest.raises(ValueError, match="holds a CtrlAdapterModel, not a ControlNetModel"):
+            zoo.load_controlnet("ctrl-adapter-shapes-unet")
+
     def test_control_carries_over(self, shapes_unet, captions, wanted, native, drawn_by, edge_control):
         adapter = CtrlAdapterModel.from_pretrained(zoo.adapter_file("ctrl-adapter-shapes-unet"))
         torch.manual_seed(0)
