@@ -138,14 +138,14 @@ def main() -> None:
     statistics = calibrated(target)
     full = count_macs(plan, target, 0, 1)
     settings = {
-        "plain": BACConfig(num_updates=STEPS),
+        "plain": None,
         "equal distances": BACConfig(num_updates=args.updates),
         "calibrated, one list for all": statistics.config(args.updates, shared=True),
         "calibrated, a list for each": statistics.config(args.updates, bua_blocks=0),
         "calibrated, a list for each, with unions": statistics.config(args.updates),
     }
     for name, config in settings.items():
-        with diffusers_ext.apply(target, config):
+        with diffusers_ext.apply(target, *([config] if config else [])):
             share = count_macs(plan, target, 0, 1) / full
             rate = crossed(*plan(target, 1, 512)).float().mean()
         print(f"{name}: {rate:.1%} of 512 rooms crossed, {share:.3f} of the operations")
