@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import diffusers_ext
-from benchmarks.cache import COLUMNS, _first_block, _grid, _pixart
+from benchmarks._common import picture_grid
+from benchmarks.cache import COLUMNS, _first_block, _pixart
 from diffusers_ext import BACConfig, BACStatistics, measure_bac, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import MethodRecord
@@ -163,7 +164,7 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
         "PixArt-alpha size: random weights, 128 x 128 latents, 20 steps, meta device. PixArt blocks: 4 layers 576 "
         "wide, 64 x 64 latents (1024 tokens). Pictures: one calibrated list."
     )
-    picture = _grid(pictures, out_dir / f"{record.slug}.png")
+    picture = picture_grid(pictures, out_dir / f"{record.slug}.png")
     return {
         "columns": COLUMNS[:4] + ["Difference to the full run", COLUMNS[-1]],
         "rows": rows,

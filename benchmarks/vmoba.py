@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusers_ext
-from benchmarks.cache import _grid as picture_grid
+from benchmarks._common import picture_grid
 from diffusers_ext import VMoBAConfig, zoo
 from diffusers_ext.attention.vmoba_blocks import Rule, block_attention, gates, partitions, sparse_attention
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio

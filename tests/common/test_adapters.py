@@ -34,10 +34,6 @@ def edges_for(adapter, pipe):
     adapter.set_condition(pipe, zoo.conditions.edges(zoo.held_out(2).images))
 
 
-def subjects_for(adapter, pipe):
-    adapter.set_condition(pipe, zoo.conditions.subjects(zoo.held_out(2)))
-
-
 def control_for(adapter, pipe):
     source = zoo.load("shapes-unet-eps")
     adapter.control = diffusers_ext.CtrlAdapterControl.from_prompts(
@@ -50,7 +46,7 @@ def control_for(adapter, pipe):
 
 
 # What an adapter needs besides its weights, by the start of the file's name.
-CONDITIONS = {"easycontrol-edge": edges_for, "easycontrol-subject": subjects_for, "ctrl-adapter": control_for}
+CONDITIONS = {"easycontrol-edge": edges_for, "ctrl-adapter": control_for}
 
 
 def load(record, name, pipe):
