@@ -34,6 +34,8 @@ FOLDERS = {
     "ControlNetLoader": "controlnet",
     "DXEasyControlLoader": "diffusers_ext_adapters",
     "DXCtrlAdapterLoader": "diffusers_ext_adapters",
+    "DXSCTunerLoader": "diffusers_ext_adapters",
+    "DXCSCTunerApply": "diffusers_ext_adapters",
 }
 
 
