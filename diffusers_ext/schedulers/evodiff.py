@@ -247,15 +247,15 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
 
     Args:
         solver_order: 2 is the only order there is.
-        skip_type: Where the steps are: `"logSNR"` (the authors', for EDM models of pixels), `"time_uniform"` (better
-            for guided latent models), `"time_quadratic"` or `"edm"`. Default: `"logSNR"` for EDM models,
-            `"time_uniform"` for all others. Flux pipelines bring their own.
+        skip_type: Where the steps are: `"logSNR"` (the authors', for EDM models of pixels), `"time_uniform"`,
+            `"time_quadratic"`, `"edm"`, or None: `"logSNR"` for EDM models, and for all others what their own
+            configuration says (`timestep_spacing` and so on), which is better for guided latent models.
         final: Last step of the solver: `"ddim"`, or `"official"`, the released code's, which shrinks the sample by
             1 - sqrt(sigma sigma') and is made for EDM models that end at sigma 0.002.
         denoise_to_zero: Spend the last call on the clean prediction at the lowest noise level and return it, as the
             authors do; otherwise the solver itself goes to the end.
 
-    The other options are those of `NoiseLevelScheduler`; `timestep_spacing` and `use_karras_sigmas` have no effect.
+    The other options are those of `NoiseLevelScheduler`; with a `skip_type` those of its steps have no effect.
 
     Raises:
         ValueError: Order other than 2; at `set_timesteps` fewer than 3 steps.
@@ -284,12 +284,12 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
 
     def _choose(self, steps, sigmas, timesteps, mu) -> tuple[torch.Tensor, torch.Tensor]:
         log_snr, times = super()._choose(steps, sigmas, timesteps, mu)
-        if sigmas is None and timesteps is None:
-            if len(times) < 3:
-                raise ValueError(f"EVODiff needs at least 3 steps, got {len(times)}")
+        skip_type = self.config.skip_type or ("logSNR" if self.noise_schedule.family == "edm" else None)
+        if sigmas is None and timesteps is None and len(times) < 3:
+            raise ValueError(f"EVODiff needs at least 3 steps, got {len(times)}")
+        if sigmas is None and timesteps is None and skip_type is not None:
             clean = torch.isinf(log_snr[-1])
-            own = "logSNR" if self.noise_schedule.family == "edm" else "time_uniform"
-            nodes = skip_nodes(self.noise_schedule, len(times) - int(clean), self.config.skip_type or own)
+            nodes = skip_nodes(self.noise_schedule, len(times) - int(clean), skip_type)
             if self.noise_schedule.family == "flow":
                 nodes = -torch.logit(self._shifted(torch.sigmoid(-nodes), mu))
             log_snr = torch.cat([nodes, log_snr[-1:]]) if clean else nodes
