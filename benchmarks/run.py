@@ -1,4 +1,4 @@
-"""`python benchmarks/run.py <slug|solvers|all>`: measure a method beside its peers and file the result.
+"""`python benchmarks/run.py <slug|solvers|frontier|all>`: measure a method beside its peers and file the result.
 
 `benchmarks/<kind>.py` holds `bench(record, out_dir) -> dict` for every method of that kind, `benchmarks/<module>.py`
 for one that this comparison does not fit:
@@ -6,7 +6,7 @@ for one that this comparison does not fit:
     {"columns": [...], "rows": [[...], ...], "notes": "...", "picture": Path}
 
 The runner adds the machine and writes `benchmarks/results/<slug>.json` and `docs/assets/methods/<slug>.png`. A joint
-comparison, `benchmarks/solvers.py`, holds `bench(out_dir)` and its picture is `docs/assets/solvers.png`.
+comparison, such as `benchmarks/solvers.py`, holds `bench(out_dir)` and its picture is `docs/assets/solvers.png`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffusers_ext.registry import MethodRecord, get_method, list_methods  # noq
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
 FIELDS = {"columns", "rows", "notes", "picture"}
-JOINT = ("solvers",)
+JOINT = ("solvers", "frontier")
 
 
 def measure(record: MethodRecord) -> dict:

@@ -103,6 +103,16 @@ def test_solvers_page_compares_every_scheduler(hooks, site):
     assert hooks.joint("solvers").count("\n| ") >= len(result["rows"])
 
 
+def test_caches_page_shows_the_frontier(hooks, site):
+    page = (site / "caches" / "index.html").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "benchmarks" / "results" / "frontier.json").read_text(encoding="utf-8"))
+    assert "assets/frontier.png" in page and "<!-- joint:" not in page
+    ours = {row[2].split(",")[0] for row in result["rows"] if row[1] == "diffusers-ext"}
+    on_shapes = [r for r in list_methods(kind="cache") if {"unet", "dit", "mmdit", "any"} & set(r.targets)]
+    assert ours == {r.slug for r in on_shapes}
+    assert {"DeepCache (PyPI)", "tomesd", "cache-dit", "diffusers", "-"} <= {row[1] for row in result["rows"]}
+
+
 def test_index_lists_every_method(site):
     page = (site / "methods" / "index.html").read_text(encoding="utf-8")
     assert all(f"../methods/{r.slug}/" in page or f'href="{r.slug}/"' in page for r in list_methods())
