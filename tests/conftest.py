@@ -29,16 +29,26 @@ def _loaded() -> dict[str, Any]:
     return {}
 
 
+def _layers(model: Any) -> list[tuple[str, str, str]]:
+    """Names and types of all modules of a model, and of their attention processors."""
+    return [
+        (name, type(m).__name__, type(getattr(m, "processor", None)).__name__) for name, m in model.named_modules()
+    ]
+
+
 def _lend(name: str, loaded: dict[str, Any]) -> Iterator[Any]:
     from diffusers_ext import zoo
 
     if name not in loaded:
         loaded[name] = zoo.load(name)
     pipe = loaded[name]
-    scheduler = pipe.scheduler
+    scheduler, model = pipe.scheduler, diffusers_ext.denoiser_of(pipe)
+    before = _layers(model)
     yield pipe
     diffusers_ext.remove(pipe)
     pipe.scheduler = scheduler
+    if _layers(model) != before:  # a LoRA leaves its wrappers, which change the names of weights
+        del loaded[name]
 
 
 @pytest.fixture
