@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
+
+from ._runs import run_options
 
 
 KEY = "diffusers_ext.any-size-diffusion"
@@ -40,14 +41,8 @@ class SeamlessTiling:
         """OUTER_SAMPLE: a fresh memory for the run."""
         from diffusers_ext.caching._common import RunTracker
 
-        guider = executor.class_obj
-        original = guider.model_options
-        guider.model_options = create_model_options_clone(original)
-        guider.model_options["transformer_options"][KEY] = RunTracker(_Store), len(sigmas) - 1
-        try:
+        with run_options(executor.class_obj, KEY, (RunTracker(_Store), len(sigmas) - 1)):
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            guider.model_options = original
 
     def forward(self, executor, x, timesteps, *args, **kwargs):
         """DIFFUSION_MODEL: the network on every tile, merged."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
+
+from ._runs import run_options
 
 
 KEY = "diffusers_ext.attention_entropy_scaling"
@@ -31,14 +32,8 @@ class EntropyScaling:
     def sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE: put the model's noise levels where the patches find them."""
         guider = executor.class_obj
-        original = guider.model_options
-        guider.model_options = create_model_options_clone(original)
-        sampling = guider.model_patcher.get_model_object("model_sampling")
-        guider.model_options["transformer_options"][KEY] = sampling
-        try:
+        with run_options(guider, KEY, guider.model_patcher.get_model_object("model_sampling")):
             return executor(*args, **kwargs)
-        finally:
-            guider.model_options = original
 
     def layout_now(self, options: dict, shape: torch.Size, tokens: int | None) -> Any:
         """What the picture of this call means for attention, or None where nothing is scaled."""

@@ -11,9 +11,10 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.ldm.wan.model import WanModel
-from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
+
+from ._runs import run_options
 
 
 KEY = "diffusers_ext.vmoba"
@@ -64,14 +65,11 @@ class VMoBA:
 
     def sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE: counts a run."""
-        guider, run = executor.class_obj, Run()
-        original = guider.model_options
-        guider.model_options = create_model_options_clone(original)
-        guider.model_options["transformer_options"][KEY] = run
+        run = Run()
         try:
-            return executor(*args, **kwargs)
+            with run_options(executor.class_obj, KEY, run):
+                return executor(*args, **kwargs)
         finally:
-            guider.model_options = original
             logger.info("VMoBA: %s", run)
 
     def forward(self, executor, x, t, c_concat=None, context=None, control=None, transformer_options=None, **kwargs):

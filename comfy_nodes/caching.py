@@ -13,9 +13,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import (
     forward_timestep_embed,
     timestep_embedding,
 )
-from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
+
+from ._runs import run_options
 
 
 KEY = "diffusers_ext.deepcache"
@@ -47,19 +48,16 @@ class DeepCache:
     def sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE: a fresh tracker for this run, gone when it ends, however it ends."""
         guider = executor.class_obj
-        original = guider.model_options
         sampling = guider.model_patcher.get_model_object("model_sampling")
         run = _Run(
             self.new_tracker(_Store),
             sampling.percent_to_sigma(self.start_percent),
             sampling.percent_to_sigma(self.end_percent),
         )
-        guider.model_options = create_model_options_clone(original)
-        guider.model_options["transformer_options"][KEY] = run
         try:
-            return executor(*args, **kwargs)
+            with run_options(guider, KEY, run):
+                return executor(*args, **kwargs)
         finally:
-            guider.model_options = original
             logger.info("DeepCache: %d UNet calls in full, %d shallow", run.computed, run.reused)
 
     def forward(

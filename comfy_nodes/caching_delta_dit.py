@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
-from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
+
+from ._runs import run_options
 
 
 KEY = "diffusers_ext.delta-dit"
@@ -70,15 +71,11 @@ class DeltaDiT:
 
     def sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """OUTER_SAMPLE: a fresh run, gone when it ends, however it ends."""
-        guider = executor.class_obj
-        original = guider.model_options
         run = _Run(self.new_tracker(), self.config.plan(len(self.places), len(sigmas) - 1))
-        guider.model_options = create_model_options_clone(original)
-        guider.model_options["transformer_options"][KEY] = run
         try:
-            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            with run_options(executor.class_obj, KEY, run):
+                return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            guider.model_options = original
             logger.info("Delta-DiT: %d model calls in full, %d with a span skipped", run.computed, run.reused)
 
     def forward(

@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 
+from ._runs import run_options
 from .caching import _embedding
 
 
@@ -185,14 +186,11 @@ class FasterDiffusion:
 
     def sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
-        original = guider.model_options
         run = _new_run(guider.model_patcher.get_model_object("model_sampling"), sigmas, self.key_steps, 1)
-        guider.model_options = create_model_options_clone(original)
-        guider.model_options["transformer_options"][KEY] = run
         try:
-            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            with run_options(guider, KEY, run):
+                return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            guider.model_options = original
             logger.info("Faster Diffusion: %d UNet calls with encoder, %d without", run.computed, run.reused)
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
-from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
+
+from ._runs import run_options
 
 
 KEY = "diffusers_ext.ras"
@@ -105,14 +106,11 @@ class RegionAdaptiveSampling:
 
     def sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """OUTER_SAMPLE: a fresh run, gone when it ends, however it ends."""
-        guider = executor.class_obj
-        original, run = guider.model_options, self.new_run(len(sigmas) - 1)
-        guider.model_options = create_model_options_clone(original)
-        guider.model_options["transformer_options"][KEY] = run
+        run = self.new_run(len(sigmas) - 1)
         try:
-            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            with run_options(executor.class_obj, KEY, run):
+                return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            guider.model_options = original
             logger.info("RAS: %d model calls in full, %d on a part of the image", run.computed, run.reused)
 
     def forward(self, executor, x, t, c_concat=None, context=None, control=None, transformer_options=None, **kwargs):
