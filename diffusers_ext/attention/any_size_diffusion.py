@@ -315,15 +315,7 @@ class SeamlessTilingConfig(MethodConfig):
     def attach(self, target: Any) -> Attachment:
         model = denoiser_of(target)
         root = _RootHook(self, target)
-        undo = install(model, [(model, root)], _HOOK)
-
-        def remove() -> None:
-            undo()
-            # A hook that another tool has wrapped may outlive its removal: it must pass calls through.
-            root.reset_state(model)
-            root.paused = True
-
-        return Attachment(remove, lambda: _summary(root))
+        return Attachment(install(model, [(model, root)], _HOOK), lambda: _summary(root))
 
 
 def _summary(root: _RootHook) -> Mapping[str, Any]:

@@ -427,15 +427,7 @@ class HiDiffusionConfig(MethodConfig):
         unet, shared = denoiser_of(target), _Shared()
         place = placement_of(unet)
         root = _RootHook(self, shared, target, place)
-        undo = install(unet, _hooks(unet, root, place), _HOOK)
-
-        def remove() -> None:
-            undo()
-            # A hook that another tool has wrapped may outlive its removal: it must pass calls through.
-            root.reset_state(unet)
-            root.paused = True
-
-        return Attachment(remove, lambda: _summary(root, unet))
+        return Attachment(install(unet, _hooks(unet, root, place), _HOOK), lambda: _summary(root, unet))
 
 
 def _is_special(unet: Any) -> bool:

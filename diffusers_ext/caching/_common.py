@@ -42,6 +42,18 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     return value
 
 
+def distinct_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`map_tensors` that keeps a tensor that occurs twice one, as parents write into blocks' last outputs."""
+    known: dict[int, torch.Tensor] = {}
+
+    def once(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = function(tensor)
+        return known[id(tensor)]
+
+    return map_tensors(value, once)
+
+
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors inside tuples, lists and dicts, in order."""
     found: list[torch.Tensor] = []
@@ -266,6 +278,11 @@ class RunHook(ModelHook, Generic[S]):
         self.tracker.reset()
         return module
 
+    def retire(self, module: torch.nn.Module) -> None:
+        """Forget the run and pass calls through: what another tool has wrapped may outlive its removal."""
+        self.reset_state(module)
+        self.paused = True
+
 
 def install(
     model: torch.nn.Module, hooks: Iterable[tuple[torch.nn.Module, ModelHook]], name: str
@@ -275,20 +292,24 @@ def install(
     Returns:
         Function that takes them off and leaves every module as it was.
     """
-    done: list[torch.nn.Module] = []
+    done: list[tuple[torch.nn.Module, ModelHook]] = []
 
     def undo() -> None:
+        retired = list(done)
         while done:
-            unregister(done.pop(), name)
+            unregister(done.pop()[0], name)
         if not stateful_hooks(model):
             model.__dict__.pop(_RESET, None)
         if hasattr(model, "_diffusers_hook"):
             model._diffusers_hook.invalidate_child_registries_cache()
+        for module, hook in retired:
+            if isinstance(hook, RunHook):
+                hook.retire(module)
 
     try:
         for module, hook in hooks:
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
-            done.append(module)
+            done.append((module, hook))
         if not hasattr(model, _RESET):
             registry = HookRegistry.check_if_exists_or_initialize(model)
             model.__dict__[_RESET] = registry.reset_stateful_hooks
@@ -339,6 +360,14 @@ def place_of(target: Any, time: float) -> int | None:
         return None
     found = (timesteps.double() == time).nonzero().flatten().tolist()
     return found[0] if len(found) == 1 else None
+
+
+def steps_left(target: Any, time: float) -> int | None:
+    """Steps of a run that starts at this timestep; None for a model without a scheduler."""
+    place = place_of(target, time)
+    if place is None:
+        return steps_of(target)
+    return math.ceil((len(target.scheduler.timesteps) - place) / getattr(target.scheduler, "order", 1))
 
 
 def refuse_other_caches(model: torch.nn.Module) -> None:

@@ -390,15 +390,7 @@ class BACConfig(MethodConfig):
         model = denoiser_of(target)
         parts = sub_blocks(model)
         root = _CacheHook(self, target, parts)
-        undo = install(model, hooks_of(model, root, parts), _HOOK)
-
-        def remove() -> None:
-            undo()
-            # A hook that another tool has wrapped may outlive its removal: it must pass calls through.
-            root.reset_state(model)
-            root.paused = True
-
-        return Attachment(remove, lambda: _summary(root, model))
+        return Attachment(install(model, hooks_of(model, root, parts), _HOOK), lambda: _summary(root, model))
 
 
 def require_updates(num_updates: int, steps: int | None) -> None:

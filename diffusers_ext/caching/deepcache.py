@@ -5,36 +5,21 @@ Ma, Fang, Wang, "DeepCache: Accelerating Diffusion Models for Free", CVPR 2024, 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 from diffusers.models.unets import unet_2d_blocks
 
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..registry import Claim, MethodRecord, register
-from ._common import (
-    PREFIX,
-    Position,
-    RunHook,
-    RunTracker,
-    install,
-    macs_on_meta,
-    macs_or_warning,
-    map_tensors,
-    outlines,
-    refuse_fused_qkv,
-    refuse_other_caches,
-    tensors_in,
-)
+from ._common import PREFIX, map_tensors, outlines, refuse_fused_qkv, refuse_other_caches, tensors_in
+from ._inherit import InheritHook, InheritRoot, Shared, inherit
 
 
 __all__ = ["DeepCacheConfig"]
 
-logger = logging.getLogger(__name__)
 _HOOK = PREFIX + "deepcache"
 # Lists of a block in the order in which a layer runs through them.
 _LAYER_LISTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
@@ -121,121 +106,15 @@ def skipped_modules(unet: torch.nn.Module, branch: Branch) -> tuple[list[torch.n
     return skipped, skipped[-1]
 
 
-@dataclass
-class _Step:
-    """What a full step leaves: the feature C, and outlines of outputs whose values nobody reads."""
-
-    feature: Any = None
-    outlines: dict[int, Any] = field(default_factory=dict)
-
-
-@dataclass
-class _Store:
-    """Of one context: its last full step."""
-
-    step: _Step | None = None
-
-
-@dataclass
-class _Shared:
-    """Read by the block hooks, written by the root hook. `step` is None outside of a call.
-
-    A full step always fills a fresh `_Step`, so that all of them look alike to `torch.compile`.
-    """
-
-    step: _Step | None = None
-    reuse: bool = False
-
-
-class _SkipHook(ModelHook):
+class _SkipHook(InheritHook):
     """On a module that is skipped: only the parent's shape arithmetic sees its output, so an empty one will do."""
 
-    def __init__(self, shared: _Shared, index: int):
-        super().__init__()
-        self.shared, self.index = shared, index
+    def keep(self, module: torch.nn.Module, output: Any, args: tuple, kwargs: dict) -> Any:
+        return outlines(output), tensors_in(output)[0].device
 
-    def new_forward(self, module: torch.nn.Module, *args, **kwargs):
-        step = self.shared.step
-        if step is not None and self.shared.reuse:
-            return self.replay(step)
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        if step is not None:
-            self.record(step, output)
-        return output
-
-    def record(self, step: _Step, output: Any) -> None:
-        outline = map_tensors(output, lambda t: torch.empty_like(t, device="meta"))
-        step.outlines[self.index] = outline, tensors_in(output)[0].device
-
-    def replay(self, step: _Step) -> Any:
-        outline, device = step.outlines[self.index]
+    def replay(self, module: torch.nn.Module, kept: Any, args: tuple, kwargs: dict) -> Any:
+        outline, device = kept
         return map_tensors(outline, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
-
-
-class _SourceHook(_SkipHook):
-    """On the module whose output is the feature C. Copies both ways: FreeU and T2I adapters write in place."""
-
-    def record(self, step: _Step, output: Any) -> None:
-        step.feature = map_tensors(output, lambda t: t.detach().clone())
-
-    def replay(self, step: _Step) -> Any:
-        return map_tensors(step.feature, torch.clone)
-
-
-class _RootHook(RunHook[_Store]):
-    """On the UNet: decides between a full and a reused step."""
-
-    def __init__(self, config: DeepCacheConfig, shared: _Shared):
-        super().__init__(RunTracker(_Store))
-        self.config, self.shared = config, shared
-        self.store: _Store | None = None
-        self.computed = self.reused = 0
-        self.changes: list[torch.Tensor] = []
-        self.arguments: tuple[tuple, dict] | None = None
-
-    def begin_run(self, args: tuple, kwargs: dict) -> None:
-        self.computed = self.reused = 0
-        self.changes = []
-        self.arguments = outlines((args, kwargs))
-
-    def begin_call(self, position: Position[_Store]) -> None:
-        self.store = position.state
-        reuse = self.store.step is not None and not self.config.is_full_step(position.step)
-        self.shared.reuse, self.shared.step = reuse, self.store.step if reuse else _Step()
-        self.computed += not reuse
-        self.reused += reuse
-
-    def end_call(self) -> None:
-        if not self.shared.reuse:
-            if self.store.step is not None:
-                self.changes.append(_change(self.shared.step.feature, self.store.step.feature))
-            self.store.step = self.shared.step
-        self._release()
-
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self._release()
-        return super().reset_state(module)
-
-    def _release(self) -> None:
-        self.shared.step, self.shared.reuse, self.store = None, False, None
-
-    def macs(self, unet: torch.nn.Module) -> dict[str, int]:
-        """MACs of a full and of a reused call with the last run's shapes, counted on the meta device."""
-        counts = {}
-        self.paused, self.shared.step = True, _Step()
-        try:
-            for name, self.shared.reuse in (("full", False), ("reused", True)):
-                counts[name] = macs_on_meta(unet, self.arguments)
-        finally:
-            self.paused = False
-            self._release()
-        return counts
-
-
-def _change(new: Any, old: Any) -> torch.Tensor:
-    """Relative change of the stored feature from one full step to the next."""
-    new, old = tensors_in(new)[0].float(), tensors_in(old)[0].float()
-    return (new - old).norm() / old.norm()
 
 
 @register(
@@ -367,40 +246,11 @@ class DeepCacheConfig(MethodConfig):
 
     def attach(self, target: Any) -> Attachment:
         unet = denoiser_of(target)
-        shared = _Shared()
-        root = _RootHook(self, shared)
         skipped, source = skipped_modules(unet, self.branch(unet))
-        undo = install(unet, _hooks(unet, root, skipped, source), _HOOK)
-
-        def remove() -> None:
-            undo()
-            # A hook that another tool has wrapped may outlive its removal: it must pass calls through.
-            root.reset_state(unet)
-            root.paused = True
-
-        return Attachment(remove, lambda: _summary(root, unet))
-
-
-def _hooks(
-    unet: torch.nn.Module, root: _RootHook, skipped: list[torch.nn.Module], source: torch.nn.Module
-) -> Iterator[tuple[torch.nn.Module, ModelHook]]:
-    yield unet, root
-    for index, module in enumerate(skipped):
-        kind = _SourceHook if module is source else _SkipHook
-        yield getattr(module, "_orig_mod", module), kind(root.shared, index)
-
-
-def _summary(root: _RootHook, unet: torch.nn.Module) -> dict[str, Any]:
-    """Figures of the last run."""
-    figures: dict[str, Any] = {"computed": root.computed, "reused": root.reused}
-    calls = root.computed + root.reused
-    if not calls:
-        return figures
-    figures["feature_change"] = [float(change) for change in root.changes]
-    if macs := macs_or_warning(root.macs, unet):
-        figures["macs_full_call"], figures["macs_reused_call"] = macs["full"], macs["reused"]
-        figures["macs_saved"] = root.reused / calls * (1 - macs["reused"] / macs["full"])
-    return figures
+        shared = Shared()
+        hooks = [(InheritHook if m is source else _SkipHook)(shared, i) for i, m in enumerate(skipped)]
+        root = InheritRoot(self.is_full_step, shared, hooks[-1].index)
+        return Attachment(inherit(unet, root, zip(skipped, hooks), _HOOK), lambda: root.summary(unet))
 
 
 def _require_unet(model: torch.nn.Module) -> None:

@@ -429,15 +429,7 @@ class DeltaDiTConfig(MethodConfig):
         model = denoiser_of(target)
         blocks = transformer_blocks(model)
         root = _RootHook(self, target, len(blocks))
-        undo = install(model, _hooks(model, root, blocks), _HOOK)
-
-        def remove() -> None:
-            undo()
-            # A hook that another tool has wrapped may outlive its removal: it must pass calls through.
-            root.reset_state(model)
-            root.paused = True
-
-        return Attachment(remove, lambda: _summary(root, model))
+        return Attachment(install(model, _hooks(model, root, blocks), _HOOK), lambda: _summary(root, model))
 
 
 def _hooks(

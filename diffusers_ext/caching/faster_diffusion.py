@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from ._common import (
     Position,
     RunHook,
     RunTracker,
+    distinct_tensors,
     install,
     macs_on_meta,
     macs_or_warning,
@@ -31,7 +33,7 @@ from ._common import (
     place_of,
     refuse_fused_qkv,
     refuse_other_caches,
-    steps_of,
+    steps_left,
     tensors_in,
 )
 
@@ -82,18 +84,6 @@ def decoded_together(step: int, total: int, keys: Sequence[int], max_parallel: i
     return max(1, min(following - step, max_parallel))
 
 
-def _copies(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`function` on all tensors; one that occurs twice stays one, as parents write into blocks' last outputs."""
-    known: dict[int, torch.Tensor] = {}
-
-    def once(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in known:
-            known[id(tensor)] = function(tensor)
-        return known[id(tensor)]
-
-    return map_tensors(value, once)
-
-
 def tile(value: Any, copies: int, rows: int | None = None) -> Any:
     """`copies` of every tensor along its first dimension, one whole batch after the other (`repeat`).
 
@@ -108,7 +98,7 @@ def tile(value: Any, copies: int, rows: int | None = None) -> Any:
             return t
         return t.repeat(copies, *[1] * (t.ndim - 1))
 
-    return _copies(value, tiled)
+    return distinct_tensors(value, tiled)
 
 
 def first_copy(value: Any, copies: int) -> Any:
@@ -157,10 +147,10 @@ class _EncoderHook(ModelHook):
                 args, kwargs = first_copy((args, kwargs), copies)
             output = self.fn_ref.original_forward(*args, **kwargs)
             # Parents, FreeU and adapters write into outputs in place.
-            encoded.outputs[self.index] = _copies(output, lambda t: t.detach().clone())
+            encoded.outputs[self.index] = distinct_tensors(output, lambda t: t.detach().clone())
             return output if copies == 1 else tile(output, copies)
         output = encoded.outputs[self.index]
-        return _copies(output, torch.clone) if copies == 1 else tile(output, copies)
+        return distinct_tensors(output, torch.clone) if copies == 1 else tile(output, copies)
 
 
 @dataclass
@@ -272,14 +262,6 @@ def _values(output: Any) -> Iterator[Any]:
 def _like(output: Any, parts: Sequence[torch.Tensor]) -> Any:
     """A model output of the same kind with other tensors."""
     return tuple(parts) if isinstance(output, tuple) else type(output)(**dict(zip(output.keys(), parts)))
-
-
-def steps_left(target: Any, time: float) -> int | None:
-    """Steps of a run that starts at this timestep; None for a model without a scheduler."""
-    place = place_of(target, time)
-    if place is None:
-        return steps_of(target)
-    return math.ceil((len(target.scheduler.timesteps) - place) / getattr(target.scheduler, "order", 1))
 
 
 def following_times(target: Any, time: float, count: int) -> list[torch.Tensor]:
@@ -421,24 +403,12 @@ class FasterDiffusionConfig(MethodConfig):
         unet = denoiser_of(target)
         shared = _Shared()
         root = _RootHook(self, shared, target)
-        undo = [install(unet, _hooks(unet, root), _HOOK)]
         control = getattr(target, "controlnet", None)
-        control_root = _ControlHook(root)
-        if self.freeze_control and isinstance(control, torch.nn.Module):
-            try:
-                undo.append(install(control, [(control, control_root)], _HOOK))
-            except BaseException:
-                undo[0]()
-                raise
-
-        def remove() -> None:
-            for function in undo:
-                function()
-            # A hook that another tool has wrapped may outlive its removal: it must pass calls through.
-            root.reset_state(unet)
-            root.paused = control_root.paused = True
-
-        return Attachment(remove, lambda: _summary(root, unet))
+        with ExitStack() as undo:
+            undo.callback(install(unet, _hooks(unet, root), _HOOK))
+            if self.freeze_control and isinstance(control, torch.nn.Module):
+                undo.callback(install(control, [(control, _ControlHook(root))], _HOOK))
+            return Attachment(undo.pop_all().close, lambda: _summary(root, unet))
 
 
 def _hooks(unet: torch.nn.Module, root: _RootHook) -> Iterator[tuple[torch.nn.Module, ModelHook]]:

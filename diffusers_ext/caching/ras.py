@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -423,23 +424,11 @@ class RASConfig(MethodConfig):
     def attach(self, target: Any) -> Attachment:
         model = denoiser_of(target)
         root = _RootHook(self, target, model)
-        undo_inner = install(model, [(model, _ControlHook(root.shared))], _HOOK + ".control")
-        try:
-            undo_hooks = install(model, _hooks(model, root), _HOOK)
-        except BaseException:
-            undo_inner()
-            raise
-        undo_step = _watch(root)
-
-        def remove() -> None:
-            undo_step()
-            undo_hooks()
-            undo_inner()
-            # A hook that another tool has wrapped may outlive its removal: it must pass calls through.
-            root.reset_state(model)
-            root.paused = True
-
-        return Attachment(remove, lambda: _summary(root, model))
+        with ExitStack() as undo:
+            undo.callback(install(model, [(model, _ControlHook(root.shared))], _HOOK + ".control"))
+            undo.callback(install(model, _hooks(model, root), _HOOK))
+            undo.callback(_watch(root))
+            return Attachment(undo.pop_all().close, lambda: _summary(root, model))
 
 
 def _hooks(model: torch.nn.Module, root: _RootHook) -> Iterator[tuple[torch.nn.Module, ModelHook]]:
