@@ -151,7 +151,7 @@ class EasyControlAdapter(Adapter):
     Args:
         num_layers, num_single_layers: Double and single blocks of the transformer.
         dim: Width of the transformer.
-        rank: Of the updates, 4 to 256.
+        rank: Of the updates, 1 to `dim`; the authors take 128.
         network_alpha: The updates are scaled by `network_alpha / rank`. Default: `rank`.
         cond_size: Side of the picture after resizing, in pixels; a multiple of what a token covers (16 for Flux).
         condition_type: `"spatial"` (the picture is laid over the image) or `"subject"` (it lies beside the image).

@@ -6,12 +6,13 @@ in one safetensors file. So a run that was killed and started again ends in the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,9 @@ class Budget:
         seed: Of batches and noise.
         save_every: Steps between checkpoints.
         device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: Another device, or numbers that cannot train.
     """
 
     steps: int
@@ -45,6 +49,32 @@ class Budget:
     seed: int = 0
     save_every: int = 100
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; accepted: 'cpu', 'cuda'")
+        if min(self.steps, self.batch, self.save_every) < 1 or self.lr <= 0 or not 0 <= self.ema < 1:
+            raise ValueError(f"{self}: steps, batch and save_every need 1 or more, lr above 0, ema in [0, 1)")
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser, devices: bool = True) -> None:
+    """One option for every field of `Budget`; what is not given stays as the recipe says.
+
+    Args:
+        parser: Of a training script.
+        devices: Whether the script can train elsewhere than on the CPU.
+    """
+    kinds = {"int": int, "float": float, "str": str}
+    for field in fields(Budget):
+        if devices or field.name != "device":
+            option = "--" + field.name.replace("_", "-")
+            parser.add_argument(option, type=kinds[str(field.type)], help=f"see {Budget.__module__}.Budget")
+
+
+def chosen_budget(recipe: Budget, options: argparse.Namespace) -> Budget:
+    """The recipe's budget with what the command line says otherwise."""
+    given = {field.name: getattr(options, field.name, None) for field in fields(Budget)}
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
 class Draws:

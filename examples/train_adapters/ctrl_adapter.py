@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from torch import nn
 
 from diffusers_ext import CtrlAdapterControl, CtrlAdapterModel, zoo
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, fit
+from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
 from diffusers_ext.training.shapes import ShapesSet, denoising_loss, encode_text, shapes_set
 from diffusers_ext.zoo.conditions import edges
 
@@ -146,16 +145,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4096, help="size of the training set")
     parser.add_argument("--init", type=Path, help="controlnet: go on from this file")
     parser.add_argument("--drop", type=float, help="share of phrases that captions leave out")
-    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int)):
-        parser.add_argument(f"--{name}", type=kind, help="see diffusers_ext.training.fitting.Budget")
+    add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = _arguments(argv)
-    given = {name: getattr(options, name) for name in ("steps", "batch", "lr", "seed") if getattr(options, name)}
-    budget = replace(BUDGETS[options.stage], **given)
+    budget = chosen_budget(BUDGETS[options.stage], options)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(budget.seed)

@@ -9,14 +9,13 @@ Goes on from the checkpoint when started again. The result is `<work>/easycontro
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from diffusers_ext import EasyControlAdapter, zoo
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, fit
+from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
 from diffusers_ext.training.shapes import denoising_loss, encode_images, shapes_set
 from diffusers_ext.zoo.conditions import edges
 from diffusers_ext.zoo.world import Scenes
@@ -55,19 +54,18 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("easycontrol_work"), help="working folder")
     parser.add_argument("--images", type=int, default=8192, help="size of the training set")
-    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int)):
-        parser.add_argument(f"--{name}", type=kind, help="see diffusers_ext.training.fitting.Budget")
+    add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = _arguments(argv)
-    given = {name: getattr(options, name) for name in ("steps", "batch", "lr", "seed") if getattr(options, name)}
+    budget = chosen_budget(BUDGET, options)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    torch.manual_seed(options.seed or 0)
-    print(train(options.work, replace(BUDGET, **given), options.images))
+    torch.manual_seed(budget.seed)
+    print(train(options.work, budget, options.images))
 
 
 if __name__ == "__main__":

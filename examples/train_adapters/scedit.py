@@ -11,7 +11,6 @@ Every stage goes on from its checkpoint when started again.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 
 from diffusers_ext import CSCTuner, SCTuner, zoo
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, fit
+from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
 from diffusers_ext.training.shapes import (
     TRAIN_SEED,
     ShapesSet,
@@ -101,16 +100,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("scedit_work"), help="working folder")
     parser.add_argument("--images", type=int, default=4096, help="size of the training set")
     parser.add_argument("--init", type=Path, help="checkered: start from this file")
-    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int)):
-        parser.add_argument(f"--{name}", type=kind, help="see diffusers_ext.training.fitting.Budget")
+    add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = _arguments(argv)
-    given = {name: getattr(options, name) for name in ("steps", "batch", "lr", "seed") if getattr(options, name)}
-    budget = replace(BUDGETS[options.stage], **given)
+    budget = chosen_budget(BUDGETS[options.stage], options)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(budget.seed)

@@ -18,11 +18,12 @@ from torch import nn
 from diffusers_ext import VMixAdapter, zoo
 from diffusers_ext.adapters.vmix import aesthetic_rows
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, fit
+from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
 from diffusers_ext.training.shapes import TRAIN_SEED, ShapesSet, denoising_loss, shapes_set
 from diffusers_ext.zoo import looks
 
 
+BUDGET = Budget(steps=700, batch=32, lr=3e-3)
 LABELS_DROPPED = 0.1
 
 
@@ -73,15 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="working folder")
     parser.add_argument("--images", type=int, default=4096, help="training pictures")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--lora-rank", type=int, default=0, help="of a LoRA that is trained along; 0 for none")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_budget_arguments(parser)
     options = parser.parse_args(argv)
     options.work.mkdir(parents=True, exist_ok=True)
-    budget = Budget(options.steps, options.batch, options.lr, seed=options.seed, device=options.device)
+    budget = chosen_budget(BUDGET, options)
     print(train(options.work, budget, options.images, options.lora_rank))
 
 

@@ -13,14 +13,13 @@ README.md in this folder explains the recipe.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import report
 import stages
 import torch
 
-from diffusers_ext.training.fitting import Budget, is_main, join_processes
+from diffusers_ext.training.fitting import Budget, add_budget_arguments, chosen_budget, is_main, join_processes
 
 
 # The recipe: what each training stage does when no option says otherwise.
@@ -50,24 +49,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--inference-steps", type=int, default=20, help="evaluate: steps of the scheduler")
     parser.add_argument("--guidance", type=float, default=3.0, help="evaluate: guidance scale")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
-    for name, kind in (
-        ("steps", int),
-        ("batch", int),
-        ("lr", float),
-        ("ema", float),
-        ("seed", int),
-        ("save-every", int),
-    ):
-        parser.add_argument(f"--{name}", type=kind, help="training: see diffusers_ext.training.fitting.Budget")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="training: see diffusers_ext.training.fitting.Budget"
-    )
+    add_budget_arguments(parser)
     return parser.parse_args(argv)
-
-
-def _budget(stage: str, options: argparse.Namespace) -> Budget:
-    given = {name: getattr(options, name) for name in Budget.__annotations__ if getattr(options, name) is not None}
-    return replace(BUDGETS[stage], **given)
 
 
 def run(stage: str, options: argparse.Namespace) -> None:
@@ -77,15 +60,15 @@ def run(stage: str, options: argparse.Namespace) -> None:
     if stage == "data":
         stages.data(work, options.images)
     elif stage == "judge":
-        stages.judge(work, _budget(stage, options), init)
+        stages.judge(work, chosen_budget(BUDGETS[stage], options), init)
     elif stage in ("clip", "t5"):
-        stages.text(work, _budget(stage, options), init, stage)
+        stages.text(work, chosen_budget(BUDGETS[stage], options), init, stage)
     elif stage == "vae":
-        stages.vae(work, _budget(stage, options), init)
+        stages.vae(work, chosen_budget(BUDGETS[stage], options), init)
     elif stage == "cache":
         stages.cache(work)
     elif stage in DENOISERS:
-        stages.denoiser(work, _budget(stage, options), init, stage, options.teacher)
+        stages.denoiser(work, chosen_budget(BUDGETS[stage], options), init, stage, options.teacher)
     elif stage == "export":
         print("exported", *(stages.export(work, model) for model in models))
     elif stage == "evaluate":

@@ -430,7 +430,7 @@ def test_a_published_file_loads_and_comes_back(flux, tmp_path):
 
 
 def test_the_paper_s_size():
-    """Against the dossier's count: 380 tensors, 149.4 million numbers at rank 128; the record says the same."""
+    """Against what the layout asks for: 380 tensors, 149.4 million numbers at rank 128; the record says the same."""
     with torch.device("meta"):
         adapter = EasyControlAdapter()
     assert len(adapter.state_dict()) == 380

@@ -30,16 +30,16 @@ def model_of(name: str) -> str:
     return next(model for model in sorted(zoo.names(), key=len, reverse=True) if name.endswith(model))
 
 
-def edges_for(adapter, pipe):
-    adapter.set_condition(pipe, zoo.conditions.edges(zoo.held_out(2).images))
+def edges_for(adapter, pipe, count):
+    adapter.set_condition(pipe, zoo.conditions.edges(zoo.held_out(count).images))
 
 
-def control_for(adapter, pipe):
+def control_for(adapter, pipe, count):
     source = zoo.load("shapes-unet-eps")
     adapter.control = diffusers_ext.CtrlAdapterControl.from_prompts(
         zoo.load_controlnet("controlnet-edges-shapes-unet-eps"),
-        zoo.conditions.edges(zoo.held_out(2).images).expand(-1, 3, -1, -1),
-        CAPTIONS,
+        zoo.conditions.edges(zoo.held_out(count).images).expand(-1, 3, -1, -1),
+        CAPTIONS[:count],
         source.tokenizer,
         source.text_encoder,
     )
@@ -49,11 +49,16 @@ def control_for(adapter, pipe):
 CONDITIONS = {"easycontrol-edge": edges_for, "ctrl-adapter": control_for}
 
 
-def load(record, name, pipe):
-    adapter = record.public.from_pretrained(zoo.adapter_file(name))
+def give_condition(name, adapter, pipe, count=2):
+    """The pictures of the first `count` captions, to adapters that need any."""
     for start, give in CONDITIONS.items():
         if name.startswith(start):
-            give(adapter, pipe)
+            give(adapter, pipe, count)
+
+
+def load(record, name, pipe):
+    adapter = record.public.from_pretrained(zoo.adapter_file(name))
+    give_condition(name, adapter, pipe)
     return adapter
 
 
@@ -101,16 +106,27 @@ def test_it_works_and_comes_off_without_a_trace(case):
     assert traces(pipe) == before and torch.equal(draw(pipe), plain)
 
 
-def test_guidance_off_singles_and_half_precision(case):
-    _, _, pipe, adapter = case
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_batch_equals_its_singles(case, guidance):
+    _, name, pipe, adapter = case
     with adapter.attach(pipe):
-        both = draw(pipe, guidance_scale=1.0)
-        assert torch.isfinite(both).all()
-        assert torch.allclose(draw(pipe, guidance_scale=1.0), both)
-    half = zoo.load(model_of(case[1]), torch.bfloat16)
-    again = load(case[0], case[1], half)
-    with again.attach(half):
-        assert torch.isfinite(draw(half)).all()
+        both = draw(pipe, guidance_scale=guidance)
+        try:
+            give_condition(name, adapter, pipe, 1)
+            alone = zoo.generate(pipe, CAPTIONS[:1], STEPS, guidance)
+        finally:
+            give_condition(name, adapter, pipe)
+        away = (both - alone).abs().amax((1, 2, 3))
+    assert away[0] < 1e-3 < away[1]
+
+
+def test_half_precision(case):
+    record, name, *_ = case
+    half = zoo.load(model_of(name), torch.bfloat16)
+    plain = draw(half)
+    with load(record, name, half).attach(half):
+        drawn = draw(half)
+    assert torch.isfinite(drawn).all() and not torch.equal(drawn, plain)
 
 
 def test_saved_and_loaded_weights_draw_the_same(case, tmp_path):
