@@ -237,6 +237,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     pipe = _load_model(args.model)
     images, captions, dataset = _calibration_data(pipe, args)
     options = {"num_grid": args.grid or GRID, "reduce": args.reduce, "estimator": args.estimator, "dataset": dataset}
+    options["checkpoint"] = path.with_name(path.name + ".unfinished")
     calibrate_ems(pipe, clean_latents(pipe, images), captions, args.guidance_scale, **options).save(path)
     print(path)
     return 0

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..prediction import NoiseSchedule, Prediction, to_noise
+from ._checkpoint import MAX_ELEMENTS, Checkpoint, write_tensors
 from ._common import guided_model
 from ._native import model_sampling_of, native_schedule
 from ._pictures import encode
@@ -23,7 +23,6 @@ from ._pictures import encode
 REDUCTIONS = ("element", "channel", "scalar")
 DATA, GRID = 64, 30  # for the shipped models: two minutes on two cores; data matter more than grid points
 _FORMAT = "diffusers_ext.ems"
-_MAX_ELEMENTS = 2**28  # of one curve: 2 GiB in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ class EMS:
     def refined(self, factor: int) -> EMS:
         """The same piecewise linear curves on a grid with `factor` times as many cells."""
         n = len(self.log_snr) - 1
-        if (n * factor + 1) * self.l[0].numel() > _MAX_ELEMENTS:
+        if (n * factor + 1) * self.l[0].numel() > MAX_ELEMENTS:
             raise ValueError(
                 f"{n * factor} cells of statistics of shape {tuple(self.l.shape[1:])} are too large: use fewer steps "
                 "or statistics computed with reduce='channel'"
@@ -76,7 +75,7 @@ class EMS:
         """Write a safetensors file with the metadata in its header."""
         tensors = {"lambda": self.log_snr, "l": self.l, "s": self.s, "b": self.b}
         header = {"format": _FORMAT, "version": "1", "config": json.dumps(self.metadata)}
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, header)
+        write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> EMS:
@@ -100,8 +99,8 @@ def _check_shapes(grid, l, s, b) -> None:
             f"statistics need a grid of at least 3 points and l, s, b of one shape that begins with its length, got "
             f"lambda {tuple(grid)}, l {tuple(l)}, s {tuple(s)}, b {tuple(b)}"
         )
-    if math.prod(l) > _MAX_ELEMENTS:
-        raise ValueError(f"statistics of shape {tuple(l)} are too large (at most {_MAX_ELEMENTS} elements)")
+    if math.prod(l) > MAX_ELEMENTS:
+        raise ValueError(f"statistics of shape {tuple(l)} are too large (at most {MAX_ELEMENTS} elements)")
 
 
 def _smooth_slope(l: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -208,13 +207,15 @@ def compute_ems(
     batch_size: int = 32,
     seed: int = 0,
     dataset: str = "",
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     on_grid_point: Callable[[int], None] | None = None,
 ) -> EMS:
     """Measure a model's statistics for `DPMSolverV3MultistepScheduler`.
 
     Every grid point costs two directional derivatives of the model on all data (`"fd"`: four evaluations).
-    Ctrl-C, or an exception from `on_grid_point`, stops it at a grid point.
+    Ctrl-C, or an exception from `on_grid_point`, stops it at a grid point; with a `checkpoint` the next call goes on
+    there.
 
     Args:
         model: `model(x, timestep, rows)` with guidance inside; `rows` is the slice of `data` that x was made from.
@@ -232,6 +233,7 @@ def compute_ems(
         batch_size: Data per model call.
         seed: Seed of noise and probes; the same for all grid points.
         dataset: Name of the data, stored.
+        checkpoint: safetensors file of the grid points measured so far; deleted at the end.
         progress: Show a progress bar.
         on_grid_point: Called with the index of each finished grid point.
 
@@ -248,7 +250,7 @@ def compute_ems(
         )
     if len(data) < 2 or num_grid < 10:
         raise ValueError(f"statistics need at least 2 data points and 10 cells, got {len(data)} and {num_grid}")
-    if 12 * (num_grid + 1) * data[0].numel() > 4 * _MAX_ELEMENTS:
+    if 12 * (num_grid + 1) * data[0].numel() > 4 * MAX_ELEMENTS:
         raise ValueError(
             f"{num_grid} cells for data of shape {tuple(data.shape[1:])} are too large: use a smaller grid"
         )
@@ -259,11 +261,18 @@ def compute_ems(
     probe = torch.randint(0, 2, data.shape, generator=generator).mul(2).sub(1).to(data)
     grid = torch.linspace(*(log_snr_range or log_snr_span(schedule)), num_grid + 1, dtype=torch.float64)
     noise = _Noise(model, schedule, prediction, estimator)
-    rows = []
-    for n in tqdm(range(num_grid + 1), desc="model statistics", disable=not progress):
+    about = {"guidance_scale": guidance_scale, "dataset": dataset, "num_data": len(data), "prediction": prediction}
+    about |= {"family": schedule.family, "estimator": estimator, "seed": seed}
+    own = {"grid": grid.tolist(), "data": data.double().sum().item()}
+    unfinished = Checkpoint(checkpoint, "statistics", {**about, **own})
+    rows = list(unfinished.read().get("moments", ()))
+    first = len(rows)
+    for n in tqdm(range(first, num_grid + 1), "model statistics", num_grid + 1, initial=first, disable=not progress):
         rows.append(_moments(noise, grid[n].to(data.device), data, z, probe, batch_size).cpu())
+        unfinished.write({"moments": torch.stack(rows)})
         if on_grid_point is not None:
             on_grid_point(n)
+    unfinished.delete()
     average = _reducer(reduce, data.ndim)
     diagonal, *moments = torch.stack(rows, 1)
     l = average(diagonal)
@@ -271,9 +280,7 @@ def compute_ems(
     products = [[pairs[min(i, j), max(i, j)] for j in range(3)] for i in range(3)]
     slope = _smooth_slope(l, grid[1] - grid[0])
     s, b = _least_squares(l, slope, schedule.levels(grid), moments[:3], products, average)
-    about = {"guidance_scale": guidance_scale, "dataset": dataset, "num_data": len(data), "prediction": prediction}
-    about |= {"family": schedule.family, "reduce": reduce, "estimator": estimator, "seed": seed}
-    return EMS(grid, l, s, b, {k: str(v) for k, v in about.items()})
+    return EMS(grid, l, s, b, {k: str(v) for k, v in {**about, "reduce": reduce}.items()})
 
 
 def log_snr_span(schedule: NoiseSchedule) -> tuple[float, float]:

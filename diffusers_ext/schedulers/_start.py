@@ -8,25 +8,19 @@ pair (alpha, sigma) of floats in the scheduler's own space.
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..prediction import NoiseSchedule
+from ._checkpoint import Checkpoint, require_size
 from ._pictures import starting_noise
 
 
 Level = tuple[float, float]
-
-MAX_ELEMENTS = 2**28  # of any array that is allocated for statistics or targets
-_FORMAT = "diffusers-ext latents"
 
 
 # --- a scheduler's grid -------------------------------------------------------------------------------------------
@@ -235,7 +229,8 @@ def draw_latents(
         "seed": seed,
         "call": sorted(map(str, call.items())),
     }
-    done = _resume(checkpoint, about)
+    unfinished = Checkpoint(checkpoint, "latents", about)
+    done = unfinished.read().get("latents", torch.empty(0))
     with tqdm(total=num_samples, initial=min(len(done), num_samples), desc="latents", disable=not progress) as bar:
         while len(done) < num_samples:
             numbers = range(len(done), min(len(done) + batch_size, num_samples))
@@ -249,37 +244,8 @@ def draw_latents(
             ).images.cpu()
             require_size("latents", num_samples, *drawn.shape[1:])
             done = drawn if len(done) == 0 else torch.cat([done, drawn])
-            if checkpoint is not None:
-                write_tensors(checkpoint, {"latents": done}, {"format": _FORMAT, "about": json.dumps(about)})
+            unfinished.write({"latents": done})
             bar.update(len(numbers))
             if on_batch is not None:
                 on_batch(len(done))
     return done[:num_samples]
-
-
-def _resume(checkpoint, about: dict) -> torch.Tensor:
-    if checkpoint is None or not Path(checkpoint).is_file():
-        return torch.empty(0)
-    with safe_open(checkpoint, "pt") as file:
-        header = file.metadata() or {}
-        if header.get("format") != _FORMAT or json.loads(header["about"]) != about:
-            raise ValueError(
-                f"{checkpoint} holds latents of other prompts or settings: delete it or name another checkpoint"
-            )
-        require_size("latents", *file.get_slice("latents").get_shape())
-        return file.get_tensor("latents")
-
-
-def require_size(what: str, *shape: int) -> None:
-    """Raise `ValueError` if an array of this shape is too large to be allocated."""
-    if math.prod(shape) > MAX_ELEMENTS:
-        raise ValueError(f"{what} of shape {tuple(shape)} are too large (at most {MAX_ELEMENTS} numbers)")
-
-
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file so that an interruption leaves the old file or the new one, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, header)
-    os.replace(part, path)

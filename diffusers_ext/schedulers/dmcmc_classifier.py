@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ._checkpoint import Checkpoint
 from ._pictures import encode
 from .dmcmc import noise_levels
 
@@ -101,7 +99,7 @@ def train_noise_classifier(
     batch_size: int = 64,
     learning_rate: float = 3e-3,
     seed: int = 0,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> NoiseLevelClassifier:
@@ -136,8 +134,9 @@ def _fit(net, latents, levels, settings, checkpoint, progress: bool, on_step) ->
     steps, rate = settings["steps"], settings["learning_rate"]
     optimizer = torch.optim.Adam(net.parameters(), rate)
     about = {**settings, "shape": tuple(latents.shape), **net.config}
-    about = {name: str(value) for name, value in about.items() if name[0] != "_"}
-    first = _resume(net, optimizer, checkpoint, about)
+    about = {name: value for name, value in about.items() if name[0] != "_"}
+    unfinished = Checkpoint(checkpoint, "noise classifier", about)
+    first = _resume(net, optimizer, unfinished.read())
     for step in tqdm(range(first, steps), initial=first, total=steps, desc="noise classifier", disable=not progress):
         loss = _training_loss(net, latents, levels, settings["batch_size"], settings["seed"] * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -145,8 +144,8 @@ def _fit(net, latents, levels, settings, checkpoint, progress: bool, on_step) ->
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if checkpoint is not None and (step % 100 == 99 or step == steps - 1):
-            _keep(net, optimizer, checkpoint, step + 1, about)
+        if step % 100 == 99 or step == steps - 1:
+            unfinished.write({"step": torch.tensor(step + 1), **_tensors(net, optimizer)})
         if on_step is not None:
             on_step(step + 1)
     return net.eval().requires_grad_(False)
@@ -169,27 +168,10 @@ def _tensors(net, optimizer) -> dict[str, torch.Tensor]:
     return kept
 
 
-def _keep(net, optimizer, path: str | os.PathLike, step: int, about: dict[str, str]) -> None:
-    part = Path(path).with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().contiguous().cpu() for name, value in _tensors(net, optimizer).items()}
-    save_file(tensors, part, metadata={**about, "step": str(step)})
-    os.replace(part, path)
-
-
-def _resume(net, optimizer, path: str | os.PathLike | None, about: dict[str, str]) -> int:
+def _resume(net, optimizer, tensors: dict[str, torch.Tensor]) -> int:
     """Put a checkpoint back; the number of steps it has."""
-    if path is None or not Path(path).is_file():
+    if not tensors:
         return 0
-    with safe_open(path, framework="pt") as file:
-        known = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it has no iterator
-    wrong = [name for name, value in about.items() if known.get(name) != value]
-    if wrong:
-        raise ValueError(
-            f"{path} is a training with {wrong[0]} = {known.get(wrong[0])}, not {about[wrong[0]]}: delete it, or give "
-            "another `checkpoint`"
-        )
     net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
@@ -197,4 +179,4 @@ def _resume(net, optimizer, path: str | os.PathLike | None, about: dict[str, str
             _, i, key = name.split(".")
             state.setdefault(int(i), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(known["step"])
+    return int(tensors["step"])

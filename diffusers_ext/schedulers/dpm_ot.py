@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,22 +17,14 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from ..registry import Claim, MethodRecord, register
+from ._checkpoint import Checkpoint, require_size, write_tensors
 from ._common import require_choice
-from ._start import (
-    Level,
-    begin_at,
-    call_from,
-    level_of_timestep,
-    native_level,
-    node_levels,
-    require_size,
-    write_tensors,
-)
+from ._start import Level, begin_at, call_from, level_of_timestep, native_level, node_levels
 
 
 __all__ = ["SemiDiscreteOT", "OTStart"]
 
-_FORMAT, _STATE = "diffusers-ext semi-discrete OT", "diffusers-ext semi-discrete OT, unfinished"
+_FORMAT = "diffusers-ext semi-discrete OT"
 _SOURCES = ("normal", "uniform")
 _SAME_LEVEL = 1e-3  # in log-SNR
 _FEWEST_SAMPLES = 4000
@@ -102,21 +94,16 @@ class _Fit:
     lowest: float = math.inf
     done: bool = False
 
-    _TENSORS = ("h", "m", "v", "best", "total")
-    _NUMBERS = ("iteration", "decays", "bad", "since", "lowest", "done")
-
-    def save(self, path: Path, about: dict) -> None:
-        numbers = {name: getattr(self, name) for name in self._NUMBERS}
-        header = {"format": _STATE, "about": json.dumps(about), "numbers": json.dumps(numbers)}
-        write_tensors(path, {name: getattr(self, name) for name in self._TENSORS}, header)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it; numbers have no dimensions."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        exact = {name: torch.float64 for name, value in values.items() if isinstance(value, float)}
+        return {name: torch.as_tensor(value, dtype=exact.get(name)) for name, value in values.items()}
 
     @classmethod
-    def load(cls, path: Path, about: dict) -> _Fit:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != _STATE or json.loads(header["about"]) != about:
-                raise ValueError(f"{path} is of another fit: delete it or name another checkpoint")
-            return cls(*(file.get_tensor(name) for name in cls._TENSORS), **json.loads(header["numbers"]))
+    def of(cls, tensors: dict[str, torch.Tensor]) -> _Fit:
+        """From `tensors`."""
+        return cls(**{name: value if value.ndim else value.item() for name, value in tensors.items()})
 
 
 class SemiDiscreteOT:
@@ -231,9 +218,9 @@ class SemiDiscreteOT:
         about = {"n": n, "d": y.shape[1], "samples": samples, "lr": round(lr, 9), "seed": seed, "patience": patience}
         about |= {"decays": decays, "sum": round(float(self.targets.double().abs().sum()), 6), "source": self.source}
         zero = torch.zeros(n, dtype=torch.float64, device=y.device)
-        state = _Fit(zero, zero, zero, zero, zero)
-        if checkpoint is not None and Path(checkpoint).is_file():
-            state = _Fit.load(Path(checkpoint), about)
+        unfinished = Checkpoint(checkpoint, "fit", about)
+        found = unfinished.read()
+        state = _Fit.of(found) if found else _Fit(zero, zero, zero, zero, zero)
 
         def gradient(h: torch.Tensor, count: int, number: int) -> torch.Tensor:
             generator = torch.Generator().manual_seed(seed * 1000003 + number)
@@ -246,8 +233,8 @@ class SemiDiscreteOT:
         with tqdm(total=max_iter, initial=state.iteration, desc="optimal transport", disable=not progress) as bar:
             while state.iteration < max_iter and not state.done:
                 _iterate(state, gradient, samples, lr, tolerance, patience, decays, self.weights)
-                if checkpoint is not None and (state.iteration % 50 == 0 or state.done):
-                    state.save(Path(checkpoint), about)
+                if state.iteration % 50 == 0 or state.done:
+                    unfinished.write(state.tensors())
                 bar.update()
                 if on_iteration is not None:
                     on_iteration(state.iteration)

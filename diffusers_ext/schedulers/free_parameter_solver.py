@@ -10,11 +10,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from ..prediction import NoiseSchedule, to_x0
 from ..registry import Claim, MethodRecord, register
+from ._checkpoint import Checkpoint
 from ._common import NoiseLevelScheduler, require_choice, schedule_config
 
 
@@ -169,8 +172,12 @@ def tune_free_parameters(
     rho0: Sequence[float] = (3.0, 5.0, 7.0, 10.0),
     stop_index: Sequence[int] = (),
     time_rho: Sequence[float] = (1.0, 1.2, 1.5),
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
 ) -> FreeParameterSigmas:
     """The best free parameters on a grid around `start`, which is always among the candidates.
+
+    Ctrl-C stops it after a candidate; with a `checkpoint` the next call goes on there.
 
     Args:
         sampler: Takes sigmas `[N + 1]` (decreasing, the last above 0) to samples, with fixed starting noise.
@@ -179,21 +186,25 @@ def tune_free_parameters(
         rho0: Exponents of the coarse grid to try.
         stop_index: Levels to stop at to try; default the one of `start` and its neighbours.
         time_rho: Exponents of the grid over time to try.
+        checkpoint: safetensors file of the scores so far; deleted at the end. Name another for another model.
+        progress: Show a progress bar.
 
     Returns:
         The winner; `start` itself if nothing is better.
     """
     n0, own_rho, own_stop = start.parameters
     stops = stop_index or [j for j in (own_stop - 1, own_stop, own_stop + 1) if 1 <= j <= n0 - 1]
-    best, best_score = start, fitness(sampler(next(iter(start))))
-    for rho, stop, bend in itertools.product(rho0, stops, time_rho):
-        if (rho, stop, bend) == (own_rho, own_stop, start.time_rho):
-            continue
-        candidate = replace(start, preset="custom", n0=n0, rho0=rho, stop_index=stop, time_rho=bend)
-        score = fitness(sampler(next(iter(candidate))))
-        if score < best_score:
-            best, best_score = candidate, score
-    return best
+    grid = [p for p in itertools.product(rho0, stops, time_rho) if p != (own_rho, own_stop, start.time_rho)]
+    others = [replace(start, preset="custom", n0=n0, rho0=r, stop_index=j, time_rho=b) for r, j, b in grid]
+    candidates = [start, *others]
+    unfinished = Checkpoint(checkpoint, "tuning", {"steps": start.steps, "start": start.parameters, "grid": grid})
+    scores = unfinished.read().get("scores", torch.empty(0)).tolist()
+    first = len(scores)
+    for candidate in tqdm(candidates[first:], "free parameters", len(candidates), initial=first, disable=not progress):
+        scores.append(float(fitness(sampler(next(iter(candidate))))))
+        unfinished.write({"scores": torch.tensor(scores, dtype=torch.float64)})
+    unfinished.delete()
+    return candidates[min(range(len(scores)), key=scores.__getitem__)]
 
 
 @register(

@@ -18,18 +18,9 @@ from safetensors import safe_open
 
 from ..prediction import NoiseSchedule
 from ..registry import Claim, MethodRecord, register
+from ._checkpoint import require_size, write_tensors
 from ._pictures import encode
-from ._start import (
-    Level,
-    begin_at,
-    call_from,
-    draw_latents,
-    level_of_timestep,
-    native_level,
-    node_levels,
-    require_size,
-    write_tensors,
-)
+from ._start import Level, begin_at, call_from, draw_latents, level_of_timestep, native_level, node_levels
 
 
 __all__ = ["GaussianStatistics", "GaussianTeleport", "teleport_call"]

@@ -9,6 +9,8 @@ import sys
 import diffusers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffusers_ext.registry import list_methods
 from diffusers_ext.zoo import analytic
@@ -352,6 +354,33 @@ def test_nan_of_the_model_is_named(record, first):
         for i, t in enumerate(scheduler.timesteps):
             output = torch.full_like(x, torch.nan) if i == 1 else torch.zeros_like(x)
             x = scheduler.step(output, t, x, return_dict=False)[0]
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations between tensors of two devices."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+        if len({t.device for t in tensors}) > 1:
+            raise RuntimeError(f"{operation} takes tensors of two devices")
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(record, prediction):
+    """On the meta device nothing can be read back; only the last step, which looks for NaN, may."""
+    scheduler = make(record, prediction)
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(0)
+    scheduler.timesteps = scheduler.timesteps.to("meta")
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": [torch.Generator().manual_seed(0)]} if takes_generator else {}
+    x = torch.empty(1, 4, 8, 8, device="meta")
+    for t in scheduler.timesteps[:-1]:
+        with OneDevice():
+            output = torch.empty_like(scheduler.scale_model_input(x, t))
+            x = scheduler.step(output, t, x, return_dict=False, **extra)[0]
+    with pytest.raises(NotImplementedError, match="meta"):
+        scheduler.step(torch.empty_like(x), scheduler.timesteps[-1], x, **extra)
 
 
 def test_record_and_class_agree(record):

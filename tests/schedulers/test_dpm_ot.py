@@ -182,7 +182,7 @@ def test_interrupted_fit_goes_on_bit_for_bit(tmp_path):
     seen: list[int] = []
     ot.fit(**options, checkpoint=file, on_iteration=seen.append)
     assert seen[0] == 101 and torch.equal(ot.h, whole.h)
-    with pytest.raises(ValueError, match="another fit"):
+    with pytest.raises(ValueError, match="no unfinished fit with sum"):
         SemiDiscreteOT(targets + 1).fit(**options, checkpoint=file)
 
 

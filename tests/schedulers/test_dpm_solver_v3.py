@@ -92,6 +92,29 @@ def test_statistics_equal_the_closed_form():
         torch.testing.assert_close(ems.b[:, i], exact.b, atol=5e-3, rtol=0)
 
 
+def test_interrupted_statistics_go_on(tmp_path):
+    data = analytic.GaussianMixture.gaussian(torch.tensor([0.7, -0.4]), torch.tensor([0.09, 0.5]))
+    model, file, seen = analytic.AnalyticDenoiser(data, SD), tmp_path / "part.safetensors", []
+
+    def measured(**options) -> EMS:
+        points = data.sample(16, rng())
+        return compute_ems(lambda x, t, rows: model(x, t), SD, points, num_grid=12, progress=False, **options)
+
+    def stop(n: int) -> None:
+        if n == 5:
+            raise KeyboardInterrupt
+
+    whole = measured()
+    with pytest.raises(KeyboardInterrupt):
+        measured(checkpoint=file, on_grid_point=stop)
+    with pytest.raises(ValueError, match="no unfinished statistics with seed"):
+        measured(checkpoint=file, seed=1)
+    resumed = measured(checkpoint=file, on_grid_point=seen.append)
+    assert seen == list(range(6, 13)) and not file.exists()
+    for name in ("l", "s", "b"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name))
+
+
 @pytest.fixture(scope="module")
 def mixture():
     return analytic.GaussianMixture(torch.randn(3, 8, generator=rng(5)), 0.2)

@@ -141,6 +141,26 @@ def test_tuning():
     assert best.preset == "custom" and best.parameters[0] == 8
 
 
+def test_interrupted_tuning_goes_on(tmp_path):
+    sampler, fitness = tuning()
+    start, file, scores = FreeParameterSigmas("sd15", 5), tmp_path / "tuning.safetensors", []
+
+    def counted(y: torch.Tensor) -> float:
+        if len(scores) == 7:
+            scores.append(None)
+            raise KeyboardInterrupt
+        scores.append(fitness(y))
+        return scores[-1]
+
+    whole = tune_free_parameters(sampler, fitness, start, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        tune_free_parameters(sampler, counted, start, checkpoint=file)
+    with pytest.raises(ValueError, match="no unfinished tuning with grid"):
+        tune_free_parameters(sampler, counted, start, (5.0,), checkpoint=file)
+    assert tune_free_parameters(sampler, counted, start, checkpoint=file) == whole
+    assert len(scores) == 1 + 36 and not file.exists()
+
+
 def test_batch_dtype_and_two_runs():
     scheduler = FreeParameterScheduler(**SD)
     together = drive(scheduler, 5, noise(3))[0]

@@ -210,7 +210,7 @@ def test_drawing_is_interrupted_and_goes_on(tmp_path):
     assert sum(calls) == 20
     whole = GaussianStatistics.from_pipeline(pipe, **prompts, rank=2)
     assert torch.equal(resumed.U, whole.U) and torch.equal(resumed.mu, whole.mu)
-    with pytest.raises(ValueError, match="other prompts"):
+    with pytest.raises(ValueError, match="no unfinished latents with prompts"):
         GaussianStatistics.from_pipeline(pipe, **{**prompts, "prompts": ["b"]}, checkpoint=checkpoint)
     with pytest.raises(ValueError, match="list of prompts"):
         GaussianStatistics.from_pipeline(pipe, "a", 4)
