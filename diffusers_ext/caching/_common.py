@@ -44,12 +44,14 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 def distinct_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`map_tensors` that keeps a tensor that occurs twice one, as parents write into blocks' last outputs."""
-    known: dict[int, torch.Tensor] = {}
+    known: list[tuple[torch.Tensor, torch.Tensor]] = []  # compared by `is`, which compiles without a graph break
 
     def once(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in known:
-            known[id(tensor)] = function(tensor)
-        return known[id(tensor)]
+        for before, result in known:
+            if before is tensor:
+                return result
+        known.append((tensor, function(tensor)))
+        return known[-1][1]
 
     return map_tensors(value, once)
 
