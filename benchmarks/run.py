@@ -1,4 +1,4 @@
-"""`python benchmarks/run.py <slug|solvers|frontier|all>`: measure a method beside its peers and file the result.
+"""`python benchmarks/run.py <slug|all|joint comparison>`: measure a method beside its peers and file the result.
 
 `benchmarks/<kind>.py` holds `bench(record, out_dir) -> dict` for every method of that kind, `benchmarks/<module>.py`
 for one that this comparison does not fit:
@@ -31,7 +31,7 @@ from diffusers_ext.registry import MethodRecord, get_method, list_methods  # noq
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
 FIELDS = {"columns", "rows", "notes", "picture"}
-JOINT = ("solvers", "frontier")
+JOINT = ("solvers", "frontier", "calibrations")
 
 
 def measure(record: MethodRecord) -> dict:
