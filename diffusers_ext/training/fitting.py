@@ -1,7 +1,8 @@
-"""One training loop for every network: data parallel, resumable to the bit, with progress.
+"""One training loop for every network, on accelerate: data parallel, resumable to the bit, with progress.
 
-Everything random in step `k` comes from a generator seeded by `(seed, k)`, and everything a run has learnt so far is
-in one safetensors file. So a run that was killed and started again ends in the same bits as one that was not.
+Started by `accelerate launch` or `torchrun`, the processes share every batch. Everything random in step `k` comes from
+a generator seeded by `(seed, k)`, and everything a run has learnt so far is in one safetensors file. So a run that was
+killed and started again ends in the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator, PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -87,7 +88,8 @@ class Draws:
     def __init__(self, seed: int, step: int, batch: int, device: str):
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         self._batch, self._device = batch, device
-        self._rows = slice(_rank(), batch, _processes())
+        state = PartialState(cpu=device == "cpu")
+        self._rows = slice(state.process_index, batch, state.num_processes)
 
     def indices(self, count: int, step: int, seed: int) -> torch.Tensor:
         """The rows of the data set for this step: epochs of random permutations, cut into batches."""
@@ -107,25 +109,6 @@ class Draws:
     def shared(self) -> float:
         """One number in [0, 1), the same for the whole batch."""
         return torch.rand((), generator=self._generator).item()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_processes() -> None:
-    """Join the other processes when started by `torchrun`."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
-
-
-def is_main() -> bool:
-    """Whether this process writes files and shows progress."""
-    return _rank() == 0
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], note: dict | None = None) -> None:
@@ -193,14 +176,14 @@ class _Run:
                 mean.lerp_(value, 1 - decay) if value.is_floating_point() else mean.copy_(value)
 
 
-def _reduce(weights: list[torch.Tensor], loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
+def _reduce(
+    accelerator: Accelerator, weights: list[torch.Tensor], loss: torch.Tensor, stop: bool
+) -> tuple[float, bool]:
     """Average gradients and loss over the processes; stop when any of them was asked to."""
-    if _processes() == 1:
+    if accelerator.num_processes == 1:
         return loss.item(), stop
-    extra = torch.tensor([loss.item(), float(stop)])
-    flat = torch.cat([extra, *(w.grad.detach().reshape(-1).cpu() for w in weights)])
-    dist.all_reduce(flat)
-    flat /= _processes()
+    extra = torch.stack([loss.float(), torch.full_like(loss, float(stop))])
+    flat = accelerator.reduce(torch.cat([extra, *(w.grad.detach().reshape(-1) for w in weights)]), "mean")
     for weight, grad in zip(weights, flat[2:].split([w.numel() for w in weights])):
         weight.grad.copy_(grad.reshape(weight.shape))
     return flat[0].item(), flat[1].item() > 0
@@ -257,29 +240,31 @@ def fit(
     Raises:
         SystemExit: Stopped by Ctrl-C or SIGTERM; the checkpoint is written.
     """
-    run, checkpoint = _Run(model.to(budget.device).train(), budget), work / f"{name}.checkpoint.safetensors"
+    precision = "bf16" if budget.device == "cuda" else "no"
+    accelerator = Accelerator(cpu=budget.device == "cpu", mixed_precision=precision)
+    run, checkpoint = _Run(model.to(accelerator.device).train(), budget), work / f"{name}.checkpoint.safetensors"
     if checkpoint.exists():
         run.load(checkpoint)
-    bar = tqdm(total=budget.steps, initial=run.step, desc=name, mininterval=2, disable=not is_main())
+    bar = tqdm(total=budget.steps, initial=run.step, desc=name, mininterval=2, disable=not accelerator.is_main_process)
     smooth = None
     with _StopRequest() as request:
         while run.step < budget.steps:
             draws = Draws(budget.seed, run.step, budget.batch, budget.device)
-            with torch.autocast(budget.device, torch.bfloat16, enabled=budget.device == "cuda"):
+            with accelerator.autocast():
                 loss = loss_of(draws.indices(count, run.step, budget.seed), draws)
-            loss.backward()
-            value, stop = _reduce(run.weights, loss.detach(), request.seen)
+            accelerator.backward(loss)
+            value, stop = _reduce(accelerator, run.weights, loss.detach(), request.seen)
             run.update(_rate(run.step, budget.steps))
             smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
             bar.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
             bar.update()
-            if is_main() and (stop or run.step % budget.save_every == 0):
+            if accelerator.is_main_process and (stop or run.step % budget.save_every == 0):
                 run.save(checkpoint)
             if stop:
                 raise SystemExit(f"{name}: stopped after step {run.step}; run the same command to go on")
     bar.close()
     model.load_state_dict(run.average)
-    if is_main():
+    if accelerator.is_main_process:
         kept = {k: v for k, v in model.state_dict().items() if k.split(".")[0] != drop}
         write_tensors(work / f"{name}.safetensors", kept, {"steps": run.step, "batch": budget.batch})
         checkpoint.unlink(missing_ok=True)

@@ -10,13 +10,14 @@ import networks
 import objectives
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from objectives import Cache, CaptionReader, Teacher, to_float
 from torch import nn
 from tqdm import tqdm
 
 from diffusers_ext import zoo
 from diffusers_ext.training.denoising import FluxTask, UNetTask
-from diffusers_ext.training.fitting import Budget, fit, is_main, read_tensors, write_tensors
+from diffusers_ext.training.fitting import Budget, fit, read_tensors, write_tensors
 from diffusers_ext.zoo import world
 
 
@@ -92,7 +93,7 @@ def text(work: Path, budget: Budget, init: Path | None, kind: str) -> None:
         logits, _ = reader(*_encode(tokenizer, captions))
     right = torch.stack([l.argmax(1) for l in logits], 1).eq(specs).all(1)
     print(f"{kind}: {right.float().mean():.2%} of 2000 held-out captions read without an error")
-    if is_main():
+    if PartialState().is_main_process:
         reader.encoder.save_pretrained(work / kind)
         tokenizer.save_pretrained(work / kind)
 

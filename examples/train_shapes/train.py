@@ -18,8 +18,9 @@ from pathlib import Path
 import report
 import stages
 import torch
+from accelerate import PartialState
 
-from diffusers_ext.training.fitting import Budget, add_budget_arguments, chosen_budget, is_main, join_processes
+from diffusers_ext.training.fitting import Budget, add_budget_arguments, chosen_budget
 
 
 # The recipe: what each training stage does when no option says otherwise.
@@ -97,13 +98,12 @@ def main(argv: list[str] | None = None) -> None:
     options = _arguments(argv)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    join_processes()
+    state = PartialState(cpu=options.device != "cuda")
     if options.stage == "all":
         _run_all(options)
-    elif options.stage in BUDGETS or is_main():
+    elif options.stage in BUDGETS or state.is_main_process:
         run(options.stage, options)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
