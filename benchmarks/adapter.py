@@ -90,12 +90,21 @@ def unet_macs() -> int:
     return count_macs(sd15(), *inputs())
 
 
+def controlnet() -> ControlNetModel:
+    """A ControlNet for Stable Diffusion 1.5."""
+    return ControlNetModel(cross_attention_dim=WIDTH).eval()
+
+
+def t2i_adapter() -> T2IAdapter:
+    """A T2I-Adapter for Stable Diffusion 1.5."""
+    return T2IAdapter(3, [320, 640, 1280, 1280], num_res_blocks=2, downscale_factor=8).eval()
+
+
 def peers() -> list[Cost]:
     """ControlNet and T2I-Adapter of diffusers."""
     picture = torch.zeros(1, 3, PICTURE, PICTURE, device="meta")
     with torch.device("meta"):
-        control = ControlNetModel(cross_attention_dim=WIDTH).eval()
-        t2i = T2IAdapter(3, [320, 640, 1280, 1280], num_res_blocks=2, downscale_factor=8).eval()
+        control, t2i = controlnet(), t2i_adapter()
     residuals = _no_grad(lambda: control(*inputs(), picture, return_dict=False))
     macs = count_macs(control, *inputs(), picture)
     features = _no_grad(lambda: t2i(picture))

@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
 
 from benchmarks._common import picture_grid
-from benchmarks.adapter import parameters_of
+from benchmarks.adapter import Cost, parameters_of, size_of
 from diffusers_ext import CtrlAdapterControl, CtrlAdapterModel, zoo
 from diffusers_ext.eval import count_macs
 from diffusers_ext.registry import MethodRecord
@@ -87,28 +87,46 @@ def ways(drawing: Drawing) -> Iterator[tuple[str, str, Draw]]:
     yield "shapes-unet", "random weights", drawing.adapted(unet, untrained(adapter))
 
 
-def sdxl_cost() -> str:
-    """Operations per step of SDXL at 1024 x 1024, counted on the meta device."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(_SDXL).eval()
-        own = ControlNetModel.from_unet(unet).eval()
-        small = ControlNetModel(cross_attention_dim=768).eval()
-        adapter = CtrlAdapterModel(num_blocks=1).eval()
-        picture, text, context = torch.zeros(1, 3, 1024, 1024), torch.zeros(1, 77, 768), torch.zeros(1, 77, 2048)
-        added = {"added_cond_kwargs": {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}}
-        latents, t = torch.zeros(1, 4, 128, 128), torch.zeros(1)
-        pooled, hint = torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 512, 512)
+class SDXL:
+    """SDXL, its own ControlNet, SD 1.5's ControlNet and the adapter on the meta device; inputs for 1024 x 1024."""
+
+    def __init__(self):
+        with torch.device("meta"):
+            self.unet = UNet2DConditionModel.from_config(_SDXL).eval()
+            self.own = ControlNetModel.from_unet(self.unet).eval()
+            self.small = ControlNetModel(cross_attention_dim=768).eval()
+            self.adapter = CtrlAdapterModel(num_blocks=1).eval()
+            self.picture, self.context = torch.zeros(1, 3, 1024, 1024), torch.zeros(1, 77, 2048)
+            self.latents, self.t = torch.zeros(1, 4, 128, 128), torch.zeros(1)
+            added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+            self.added = {"added_cond_kwargs": added}
+            self.small_call = torch.zeros(1, 4, 64, 64), self.t, torch.zeros(1, 77, 768), torch.zeros(1, 3, 512, 512)
+            with torch.no_grad():
+                self.features = self.small(*self.small_call, return_dict=False)
+
+    def costs(self) -> tuple[int, list[Cost]]:
+        """MACs of a step of SDXL, and what Ctrl-Adapter (ControlNet apart) and SDXL's own ControlNet add to it."""
+        call = self.latents, self.t, self.context
         with torch.no_grad():
-            down, mid = small(pooled, t, text, hint, return_dict=False)
-    step = count_macs(unet, latents, t, context, **added)
-    theirs = count_macs(own, latents, t, context, picture, **added)
-    control = count_macs(small, pooled, t, text, hint)
-    mine = count_macs(adapter, down, mid, t, context)
+            mapped = self.adapter(*self.features, self.t, self.context)[0]
+            mapped = [mapped[k] for k in self.adapter.active if k < len(mapped)]
+            residuals = self.own(*call, self.picture, **self.added, return_dict=False)
+        mine = count_macs(self.adapter, *self.features, self.t, self.context)
+        control = count_macs(self.small, *self.small_call)
+        theirs = count_macs(self.own, *call, self.picture, **self.added)
+        return count_macs(self.unet, *call, **self.added), [
+            Cost("Ctrl-Adapter", parameters_of(self.adapter), mine, control, size_of(mapped)),
+            Cost("ControlNet of SDXL", parameters_of(self.own), theirs, 0, size_of(residuals)),
+        ]
+
+
+def sdxl_cost() -> str:
+    """The same in words."""
+    step, found = SDXL().costs()
     return (
-        f"Counted on SDXL at 1024 x 1024, relative to one step of its UNet: SDXL's own ControlNet "
-        f"{parameters_of(own) / 1e6:.0f} M parameters, {theirs / step:+.1%}; Ctrl-Adapter "
-        f"{parameters_of(adapter) / 1e6:.0f} M parameters, {mine / step:+.1%} beside the SD 1.5 ControlNet's "
-        f"{control / step:+.1%}, which with latent skipping at a fixed timestep runs once per picture"
+        "Counted on SDXL at 1024 x 1024, relative to one step of its UNet: "
+        f"{'; '.join(cost.sentence(step) for cost in found)}. With latent skipping at a fixed timestep the SD 1.5 "
+        "ControlNet runs once per picture"
     )
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
 from benchmarks._common import picture_grid
-from benchmarks.adapter import parameters_of, size_of
+from benchmarks.adapter import Cost, parameters_of, size_of
 from diffusers_ext import EasyControlAdapter, zoo
 from diffusers_ext.adapters._easycontrol_stream import Bank, flux_attentions, flux_stream, put_on
 from diffusers_ext.eval import PairedTiming, count_macs, paired_ratio
@@ -114,13 +114,16 @@ def inputs(device: str, side: int = 64, words: int = 512) -> dict[str, torch.Ten
     }
 
 
-def costs() -> str:
-    """Counted on FLUX.1-dev at 1024 x 1024 with a condition of 512 x 512, beside a ControlNet of 5 + 10 blocks."""
+def flux_controlnet() -> FluxControlNetModel:
+    """A ControlNet of 5 + 10 blocks for FLUX.1-dev."""
+    return FluxControlNetModel(num_layers=5, num_single_layers=10, guidance_embeds=True).eval()
+
+
+def flux_costs() -> tuple[int, list[Cost]]:
+    """MACs of a step of FLUX.1-dev at 1024 x 1024; what a condition of 512 x 512 and a ControlNet add to it."""
     call = inputs("meta")
     with torch.device("meta"):
-        model, adapter = flux(), EasyControlAdapter()
-        net = FluxControlNetModel(num_layers=5, num_single_layers=10, guidance_embeds=True).eval()
-        latents = torch.zeros(1, 16, 64, 64)
+        model, adapter, net, latents = flux(), EasyControlAdapter(), flux_controlnet(), torch.zeros(1, 16, 64, 64)
     stream = flux_stream(model, call["pooled_projections"], call["guidance"], torch.float32)
     condition = (stream, latents, "spatial", (64, 64))
     with torch.no_grad():
@@ -130,12 +133,18 @@ def costs() -> str:
     put_on(flux_attentions(model), Bank(adapter, made=pairs))
     more = count_macs(model, **call) - base
     control = count_macs(net, **call, controlnet_cond=call["hidden_states"])
+    return base, [
+        Cost("EasyControl", parameters_of(adapter), more, once, size_of(pairs)),
+        Cost("ControlNet of 5 + 10 blocks", parameters_of(net), control, 0, size_of(residuals)),
+    ]
+
+
+def costs() -> str:
+    """The same in words."""
+    base, found = flux_costs()
     return (
-        "FLUX.1-dev sizes, 1024 x 1024, condition 512 x 512 (25 % of the tokens), counted: EasyControl "
-        f"{parameters_of(adapter) / 1e6:.1f} M parameters, {more / base:+.1%} MACs per step and {once / base:.1%} of "
-        f"a step once, {size_of(pairs) / 1e9:.2f} GB of keys and values; a ControlNet of 5 + 10 blocks "
-        f"{parameters_of(net) / 1e6:.0f} M parameters, {control / base:+.1%} MACs per step, "
-        f"{size_of(residuals) / 1e9:.2f} GB of residuals (bfloat16). diffusers has no T2I-Adapter for Flux."
+        "FLUX.1-dev sizes, 1024 x 1024, condition 512 x 512 (25 % of the tokens), counted: "
+        f"{'; '.join(cost.sentence(base) for cost in found)}. diffusers has no T2I-Adapter for Flux."
     )
 
 

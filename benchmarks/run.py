@@ -31,7 +31,7 @@ from diffusers_ext.registry import MethodRecord, get_method, list_methods  # noq
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
 FIELDS = {"columns", "rows", "notes", "picture"}
-JOINT = ("solvers", "frontier", "calibrations")
+JOINT = ("solvers", "frontier", "calibrations", "adapters")
 
 
 def measure(record: MethodRecord) -> dict:

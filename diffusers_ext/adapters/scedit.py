@@ -125,8 +125,6 @@ class SkipEdits:
         return enter
 
     def _edited(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        if x.is_meta:  # somebody counts the UNet's operations
-            return x
         for added in [edit(i, x) for edit in self.edits]:
             x = x if added is None else x + added
         return x
@@ -149,7 +147,12 @@ class _SkipAdapter(Adapter):
             )
 
     def install(self, target: Any, undo: ExitStack) -> None:
-        SkipEdits.add(denoiser_of(target), self._edit, undo)
+        SkipEdits.add(denoiser_of(target), self._edit_here, undo)
+
+    def _edit_here(self, i: int, x: torch.Tensor) -> torch.Tensor | None:
+        if x.is_meta and self.device.type != "meta":  # somebody counts the operations of a copy of the UNet
+            return None
+        return self._edit(i, x)
 
     def _edit(self, i: int, x: torch.Tensor) -> torch.Tensor | None:
         raise NotImplementedError
