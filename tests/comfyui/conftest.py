@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,6 +51,24 @@ def comfy(comfyui_dir):
     names = ("samplers", "sample", "utils", "model_management", "model_sampling", "model_patcher", "patcher_extension")
     modules = {name: importlib.import_module(f"comfy.{name}") for name in names}
     return SimpleNamespace(nodes=importlib.import_module("nodes"), **modules)
+
+
+@pytest.fixture(scope="session")
+def recorded():
+    """`recorded(model)` -> a clone that logs every call of its network, before any patch: tensors in, tensor out."""
+
+    def record(model):
+        log, outer = [], model.clone()
+
+        def wrapper(executor, *args, **kwargs):
+            out = executor(*args, **kwargs)
+            log.append([tensor.detach().clone() for tensor in (*args, out) if isinstance(tensor, torch.Tensor)])
+            return out
+
+        outer.wrappers["diffusion_model"] = {"recorder": [wrapper], **outer.wrappers.get("diffusion_model", {})}
+        return outer, log
+
+    return record
 
 
 @pytest.fixture(scope="session")

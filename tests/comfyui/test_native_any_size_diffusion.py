@@ -26,20 +26,12 @@ def patch(dx_nodes):
 
 
 @pytest.fixture
-def sample(comfy, native_pipe, encode):
+def sample(comfy, native_pipe, encode, recorded):
     """`sample(patch)` -> latents from the core KSampler, and every whole call of the network: arguments and output."""
 
     def run(patch=lambda model: model, size=(32, 24), steps=10, name="shapes-unet", sampler="euler"):
         model, clip, _ = native_pipe(name)
-        calls, model = [], patch(model).clone()
-
-        def note(executor, x, timesteps, context, *rest, **kwargs):
-            out = executor(x, timesteps, context, *rest, **kwargs)
-            calls.append((x.clone(), timesteps.clone(), context.clone(), out.clone()))
-            return out
-
-        # In front of ours, so that it sees whole calls.
-        model.wrappers["diffusion_model"] = {"note": [note], **model.wrappers.get("diffusion_model", {})}
+        model, calls = recorded(patch(model))
         latent = {"samples": torch.zeros(1, 4, *size)}
         conds = encode(clip, CAPTION), encode(clip, "")
         out = comfy.nodes.common_ksampler(model, 0, steps, 3.0, sampler, "normal", *conds, latent)[0]

@@ -50,24 +50,6 @@ def ksample(comfy, shapes):
 
 
 @pytest.fixture
-def recorded(comfy):
-    """A clone of a MODEL that logs every call of its transformer: inputs and output."""
-
-    def record(model):
-        log, outer = [], model.clone()
-
-        def wrapper(executor, x, timesteps, context, y, *rest, **kwargs):
-            out = executor(x, timesteps, context, y, *rest, **kwargs)
-            log.append([tensor.detach().clone() for tensor in (x, timesteps, context, y, out)])
-            return out
-
-        outer.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "recorder", wrapper)
-        return outer, log
-
-    return record
-
-
-@pytest.fixture
 def executed(nodes):
     """How often the weights of each sub-block are used while a function runs."""
 
@@ -112,7 +94,7 @@ def on_diffusers(pipe, log):
     context, y = log[0][2:4]
     words = torch.zeros(context.shape[1], 3)
     with torch.no_grad():
-        for x, t, seen, _, out in log:
+        for x, t, seen, *_, out in log:
             assert torch.equal(seen, context)
             packed = pipe._pack_latents(x, len(x), 4, 16, 16)
             tokens = pipe.transformer(packed, context, y, t, ids, words, return_dict=False)[0]

@@ -43,25 +43,6 @@ def ksample(comfy, shapes):
     return run
 
 
-@pytest.fixture
-def recorded(comfy):
-    """A clone of a MODEL that logs every call of its UNet, outside of any cache: inputs and output."""
-
-    def record(model):
-        log, outer = [], model.clone()
-        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-
-        def wrapper(executor, x, timesteps, context, *rest, **kwargs):
-            out = executor(x, timesteps, context, *rest, **kwargs)
-            log.append([tensor.detach().clone() for tensor in (x, timesteps, context, out)])
-            return out
-
-        outer.add_wrapper_with_key(kind, "recorder", wrapper)
-        return outer, log
-
-    return record
-
-
 @pytest.mark.parametrize("interval, block_id", [(2, 0), (3, 1), (3, 4), (5, 2), (3, 5)])
 def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, block_id):
     outer, log = recorded(shapes[0])

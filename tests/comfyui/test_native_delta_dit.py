@@ -42,24 +42,6 @@ def ksample(comfy, shapes):
     return run
 
 
-@pytest.fixture
-def recorded(comfy):
-    """A clone of a MODEL that logs every call of its transformer: inputs and output."""
-
-    def record(model):
-        log, outer = [], model.clone()
-
-        def wrapper(executor, x, timesteps, context, y, *rest, **kwargs):
-            out = executor(x, timesteps, context, y, *rest, **kwargs)
-            log.append([tensor.detach().clone() for tensor in (x, timesteps, context, y, out)])
-            return out
-
-        outer.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "recorder", wrapper)
-        return outer, log
-
-    return record
-
-
 @pytest.mark.parametrize("interval, blocks, boundary", [(2, 0, 0.5), (3, 10, 0.4)])
 def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, blocks, boundary):
     """Spans here cross from double to single blocks."""
@@ -71,7 +53,7 @@ def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, block
     words = torch.zeros(context.shape[1], 3)
     config = DeltaDiTConfig(interval, blocks or None, boundary, num_inference_steps=STEPS)
     with torch.no_grad(), diffusers_ext.apply(pipe.transformer, config) as handle:
-        for x, t, seen, _, out in log:
+        for x, t, seen, *_, out in log:
             assert torch.equal(seen, context)
             tokens = pipe.transformer(
                 pipe._pack_latents(x, len(x), 4, 16, 16), context, y, t, ids, words, return_dict=False

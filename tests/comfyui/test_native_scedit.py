@@ -61,19 +61,12 @@ def with_condition(dx_nodes, files, picture):
 
 
 @pytest.fixture
-def sample(comfy, native_pipe, encode):
+def sample(comfy, native_pipe, encode, recorded):
     """`sample(patch)` -> latents from the core KSampler, and every call of the model: arguments and output."""
 
     def run(patch=lambda model: model, name="shapes-unet", batch=1):
         model, clip, _ = native_pipe(name)
-        calls, model = [], patch(model).clone()
-
-        def note(executor, x, timesteps, context, *rest, **kwargs):
-            out = executor(x, timesteps, context, *rest, **kwargs)
-            calls.append((x.clone(), timesteps.clone(), context.clone(), out.clone()))
-            return out
-
-        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "note", note)
+        model, calls = recorded(patch(model))
         latent = {"samples": torch.zeros(batch, 4, 16, 16)}
         conds = encode(clip, CAPTION), encode(clip, "")
         out = comfy.nodes.common_ksampler(model, 0, 2, 3.0, "euler", "normal", *conds, latent)[0]
