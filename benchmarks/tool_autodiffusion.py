@@ -25,7 +25,7 @@ from diffusers_ext.schedulers.autodiffusion import PipelineSampler, ScheduleSear
 PICTURES = 12
 SIZE = 64  # pixels
 REFERENCE_STEPS = 60
-SEARCHED_ON = 3  # captions
+SEARCHED_ON = 6  # captions
 CASES = (
     ("shapes-unet", "DDIM", 4, 0.0),
     ("shapes-unet", "DDIM", 4, 0.25),
@@ -36,7 +36,7 @@ CASES = (
 
 def search(bed: Bed, sampler: str, steps: int, share: float) -> tuple[ScheduleSearchResult, str]:
     """What a search finds, and its processor time."""
-    options: dict[str, Any] = {"population": 16, "max_epochs": 5}
+    options: dict[str, Any] = {"population": 20, "max_epochs": 6}
     if share:
         options = {"population": 14, "max_epochs": 10, "max_prun": share, "leave_out_blocks": True}
     captions, before = zoo.scenes(SEARCHED_ON, 1).captions, time.process_time()
