@@ -23,6 +23,7 @@ from diffusers_ext.zoo.world import Scenes
 
 BASE, RANK = "shapes-dit", 16
 NAME = f"easycontrol-edge-{BASE}"
+CAPTION_DROP = 0.6  # what a caption does not say has to be read from the edges
 BUDGET = Budget(steps=1200, batch=16, lr=3e-3, ema=0.99)
 
 
@@ -31,13 +32,15 @@ def edge_pictures(scenes: Scenes) -> torch.Tensor:
     return (edges(scenes.images) * 2 - 1).expand(-1, 3, -1, -1)
 
 
-def train(work: Path, budget: Budget, images: int) -> Path:
-    """Train the adapter; returns its file."""
+def train(work: Path, budget: Budget, images: int, init: Path | None = None) -> Path:
+    """Train the adapter, from the weights of another one if given; returns its file."""
     pipe = zoo.load(BASE)
     pipe.transformer.requires_grad_(False)
-    data, task = shapes_set(pipe, images), task_of(pipe)
+    data, task = shapes_set(pipe, images, drop=CAPTION_DROP), task_of(pipe)
     conditions = encode_images(pipe, edge_pictures(data.scenes))
     adapter = EasyControlAdapter.for_model(pipe, rank=RANK, cond_size=64)
+    if init is not None:
+        adapter.load_state_dict(EasyControlAdapter.from_pretrained(init, torch_dtype=torch.float32).state_dict())
     # Nothing follows the last block, so its queries of the condition are never used.
     adapter.single_transformer_blocks[-1].attn.processor.q_loras.requires_grad_(False)
 
@@ -54,6 +57,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("easycontrol_work"), help="working folder")
     parser.add_argument("--images", type=int, default=8192, help="size of the training set")
+    parser.add_argument("--init", type=Path, help="file of an adapter to start from")
     add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(budget.seed)
-    print(train(options.work, budget, options.images))
+    print(train(options.work, budget, options.images, options.init))
 
 
 if __name__ == "__main__":
