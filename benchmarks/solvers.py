@@ -18,7 +18,7 @@ from diffusers_ext.registry import list_methods
 
 
 CALLS = (5, 6, 8, 10, 15)
-PICTURES = 12
+PICTURES = 16
 MODELS = ("shapes-unet", "shapes-dit")
 REFERENCE_CALLS = {"UniPC": 200, "DDIM": 1000, "Euler": 1000}  # Euler's steps are DDIM's for flow models
 CHECKED_PICTURES = 2
