@@ -8,7 +8,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 
-def _shipped_models() -> list[str]:
+def shipped_models() -> list[str]:
     """Names of the models that lie in `diffusers_ext`, found without importing it."""
     return sorted(p.parent.name for p in _weights().glob("*/manifest.json"))
 
@@ -31,7 +31,7 @@ class DXLoadShapes(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=_shipped_models(),
+                    options=shipped_models(),
                     default="shapes-unet",
                     tooltip="shapes-unet: Stable Diffusion layout, v prediction. shapes-unet-eps: the same with "
                     "epsilon prediction. shapes-dit: Flux layout, flow matching.",

@@ -202,6 +202,13 @@ class Adapter(ModelMixin, ConfigMixin):
             raise ValueError(f"{path.name} holds a {metadata.get('class')}, not a {cls.__name__}: use its class")
         else:
             config = json.loads(metadata[_CONFIG])
+        return cls._assembled(config, tensors, torch_dtype)
+
+    @classmethod
+    def _assembled(
+        cls, config: Mapping[str, Any], tensors: dict[str, torch.Tensor], torch_dtype: torch.dtype | None = None
+    ) -> Adapter:
+        """The adapter of a config with these weights; `ValueError` unless they are exactly what it asks for."""
         with torch.device("meta"):  # nothing is allocated before names and shapes are known to be right
             model = cls.from_config(config)
         expected = model.state_dict()

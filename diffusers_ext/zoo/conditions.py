@@ -40,6 +40,16 @@ def segmentation(scenes: Scenes) -> torch.Tensor:
     return F.pad(scenes.masks, (0, 0, 0, 0, 0, 1))
 
 
+def outlines(scenes: Scenes, width: int = 1) -> torch.Tensor:
+    """Edges of the objects alone, without the ground's texture; `[n, 1, 64, 64]` of zeros and ones.
+
+    Args:
+        scenes: Of `zoo.scenes` or `zoo.held_out`.
+        width: Pixels that every line is widened by on both sides; thin lines do not survive a VAE.
+    """
+    return _near(edges(segmentation(scenes) * 2 - 1), width)
+
+
 def _near(edge_map: torch.Tensor, tolerance: int) -> torch.Tensor:
     """Everything within `tolerance` pixels of an edge."""
     return F.max_pool2d(edge_map, 2 * tolerance + 1, stride=1, padding=tolerance)

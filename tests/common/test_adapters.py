@@ -45,8 +45,17 @@ def control_for(adapter, pipe, count):
     )
 
 
+def pictures_for(kind):
+    return lambda adapter, pipe, count: adapter.set_condition(pipe, kind(zoo.held_out(count)))
+
+
 # What an adapter needs besides its weights, by the start of the file's name.
-CONDITIONS = {"easycontrol-edge": edges_for, "ctrl-adapter": control_for}
+CONDITIONS = {
+    "easycontrol-edge": edges_for,
+    "ctrl-adapter": control_for,
+    "unicon-depth": pictures_for(zoo.conditions.depth),
+    "unicon-edge": pictures_for(zoo.conditions.outlines),
+}
 
 
 def give_condition(name, adapter, pipe, count=2):
