@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,8 @@ def _configs(record: MethodRecord) -> dict[str, Any]:
     fields = record.public.__dataclass_fields__
     if "cache_interval" in fields:
         return {f"N = {n}": record.public(cache_interval=n) for n in INTERVALS}
+    if "interval" in fields:
+        return {f"N = {n}": record.public(interval=n) for n in INTERVALS}
     if "key_steps" in fields:
         return {f"key steps {k}": record.public(key_steps=k) for k in (2, "50ls", 8)}
     if "sample_ratio" in fields:
@@ -186,9 +188,10 @@ def _denoise_only(pipe: Any, captions: list[str], steps: int) -> Callable[[], An
     return lambda: zoo.generate(pipe, captions, num_inference_steps=steps)
 
 
-def zoo_rows(record: MethodRecord, pictures: dict[str, torch.Tensor]) -> Iterator[list[Any]]:
+def zoo_rows(
+    record: MethodRecord, size: Size, pictures: dict[str, torch.Tensor], extra: Sequence[Setting] = ()
+) -> Iterator[list[Any]]:
     """Rows on the trained shapes model; pictures of the method's own settings are put into `pictures`."""
-    size = Size.of(record)
     pipe, scenes, judge = _zoo_pipeline(record), zoo.held_out(size.pictures), zoo.load_judge()
     name = "shapes-unet" if "unet" in record.targets else "shapes-dit"
 
@@ -201,7 +204,7 @@ def zoo_rows(record: MethodRecord, pictures: dict[str, torch.Tensor]) -> Iterato
     reference = pictures["uncached"] = draw()
     yield [name, "uncached", "1", "1", "", judged(reference)]
     short = _denoise_only(pipe, list(scenes.captions[: size.timed_pictures]), size.timed_steps)
-    for setting in settings_of(record):
+    for setting in (*settings_of(record), *extra):
         with setting.turned_on(pipe):
             images = draw()
         if setting.name in _configs(record):
@@ -234,13 +237,13 @@ def _stable_diffusion(device: str) -> tuple[Any, Callable[[], None]]:
     return pipe, call
 
 
-def real_size_rows(record: MethodRecord) -> Iterator[list[Any]]:
+def real_size_rows(record: MethodRecord, extra: Sequence[Setting] = ()) -> Iterator[list[Any]]:
     """Rows on a UNet of Stable Diffusion 1.5's size.
 
     One full and one shallow call are measured at N = 2, where they alternate; a run at interval N is one full call
     and N - 1 shallow ones.
     """
-    for setting in settings_of(record):
+    for setting in (*settings_of(record), *extra):
         if "N = 2" not in setting.name:
             continue
         pipe, call = _stable_diffusion("meta")
@@ -308,19 +311,23 @@ def transformer_rows(record: MethodRecord) -> Iterator[list[Any]]:
         yield ["PixArt blocks, random weights", setting.name, f"{macs:.3f}", str(timing), "", ""]
 
 
-def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
+def bench(
+    record: MethodRecord, out_dir: Path, extra: Sequence[Setting] = (), size: Size | None = None
+) -> dict[str, Any]:
     """Measure a cache.
 
     Args:
         record: Its catalogue record.
         out_dir: Where the picture is written.
+        extra: Settings of a UNet cache beside those of its record and its peers.
+        size: How much is drawn; None for what its kind of cache is measured with.
 
     Returns:
         `columns`, `rows`, `notes` and `picture`, as `benchmarks/run.py` expects.
     """
     pictures: dict[str, torch.Tensor] = {}
-    size = Size.of(record)
-    rows = list(zoo_rows(record, pictures))
+    size = size or Size.of(record)
+    rows = list(zoo_rows(record, size, pictures, extra))
     notes = (
         f"Shapes model: {size.pictures} held-out captions, {size.steps} steps, guidance 3; MACs and time of whole "
         f"pipeline calls with {size.timed_pictures} pictures and {size.timed_steps} steps. MACs and Time are shares "
@@ -333,7 +340,7 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
             "without the encoder on the meta device, a run of 50 steps computed from them."
         )
     elif "unet" in record.targets:
-        rows += real_size_rows(record)
+        rows += real_size_rows(record, extra)
         notes += (
             " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1, UNet calls only; one full and one "
             "shallow call measured after a warm-up of both, intervals computed from them."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -18,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ._files import SavedFiles, check_name
-from ._runs import run_options
+from ._runs import run_options, standing_in
 
 
 SCHEDULE = io.Custom("DX_BAC_SCHEDULE")
@@ -105,21 +104,10 @@ def _output(call: Any, name: str, forward: Callable) -> Callable:
     return run
 
 
-@contextmanager
-def _standing_in(call: Any, parts: list[Part]) -> Iterator[None]:
-    """The modules of a block with our forward in front of theirs."""
+def _forwards(call: Any, parts: list[Part]) -> list[tuple[torch.nn.Module, Callable]]:
+    """Our forward of each module of a block."""
     ours = [(m, _output(call, part.name, m.forward)) for part in parts for m in part.outputs]
-    ours += [(m, _one_token(m)) for part in parts if part.name in call.reused for m in part.inputs]
-    before = [(module, module.__dict__.get("forward")) for module, _ in ours]
-    for module, forward in ours:
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+    return ours + [(m, _one_token(m)) for part in parts if part.name in call.reused for m in part.inputs]
 
 
 def _block_patch(call: Any, parts: list[Part], inner: Callable | None) -> Callable:
@@ -128,7 +116,7 @@ def _block_patch(call: Any, parts: list[Part], inner: Callable | None) -> Callab
     def patch(args: dict, extra: dict) -> dict:
         if any(part.name in call.reused for part in parts if part.inputs):
             args = _without_attention(args)
-        with _standing_in(call, parts):
+        with standing_in(_forwards(call, parts)):
             return inner(args, extra) if inner else extra["original_block"](args)
 
     return patch

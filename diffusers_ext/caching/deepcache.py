@@ -233,7 +233,7 @@ class DeepCacheConfig(MethodConfig):
 
     def check(self, target: Any, num_inference_steps: int | None = None) -> tuple[str, ...]:
         unet = denoiser_of(target)
-        _require_unet(unet)
+        require_branches(unet)
         branch = self.branch(unet)
         if unet.mid_block is None and branch == branches(unet)[-1]:
             raise ValueError("this UNet has no mid block: its deepest branch skips nothing, choose a smaller one")
@@ -253,7 +253,8 @@ class DeepCacheConfig(MethodConfig):
         return Attachment(inherit(unet, root, zip(skipped, hooks), _HOOK), lambda: root.summary(unet))
 
 
-def _require_unet(model: torch.nn.Module) -> None:
+def require_branches(model: torch.nn.Module) -> None:
+    """Raise `ValueError` if a model is no UNet with skip connections of a layout that is known."""
     blocks = [*getattr(model, "down_blocks", ()), *getattr(model, "up_blocks", ())]
     name = type(model).__name__
     if not blocks or not all(hasattr(block, "resnets") for block in blocks):
