@@ -705,4 +705,4 @@ class TestLearnt:
             return sum(read[name] for name in ("shape1", "colour1", "shape2", "colour2")) / 4
 
         for name in draws.y:
-            assert right(draws.controlled(name)) > right(draws.free()) - 0.03
+            assert right(draws.controlled(name)) > right(draws.free()) - 0.04  # one of 32 readings
