@@ -10,6 +10,7 @@ from functools import partial
 
 import comfy.ldm.modules.diffusionmodules.model as autoencoder_blocks
 import comfy.ops
+import folder_paths
 import torch
 from comfy import (
     controlnet,
@@ -28,6 +29,7 @@ from comfy.text_encoders.flux import FluxClipModel
 from comfy.text_encoders.t5 import T5
 
 from diffusers_ext.zoo import comfy_layout as layout
+from diffusers_ext.zoo.pipelines import ADAPTERS
 
 
 def _operations(groups: int) -> type:
@@ -246,7 +248,7 @@ class _TwoTextModels(FluxClipModel):
 
 
 def load_clip(name: str):
-    """The text side as a ComfyUI CLIP."""
+    """The text side as a ComfyUI CLIP; `embedding:name` finds the user's embeddings and those that ship."""
     tokenizer, text_model = _clip_l(name)
     config = layout.read_config(name, "text_encoder")
     states = [layout.clip_state(layout.read_weights(name, "text_encoder"), config)]
@@ -260,4 +262,5 @@ def load_clip(name: str):
         target = supported_models_base.ClipTarget(
             partial(sd1_clip.SD1Tokenizer, tokenizer=tokenizer), partial(sd1_clip.SD1ClipModel, clip_model=text_model)
         )
-    return sd.CLIP(target, state_dict=states, model_options={"dtype": torch.float32})
+    folders = [*folder_paths.get_folder_paths("embeddings"), str(ADAPTERS)]
+    return sd.CLIP(target, folders, state_dict=states, model_options={"dtype": torch.float32})
