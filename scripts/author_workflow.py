@@ -40,14 +40,15 @@ FOLDERS = {
 
 
 def provide_model_names(models: Path, workflows: Iterable[dict]) -> None:
-    """Create empty files under the names that core loaders mention, or the page would report missing models."""
+    """Create empty files under the names that loaders mention, or the page would report missing models."""
+    shipped = {path.name for path in (REPOSITORY / "diffusers_ext/zoo/weights/adapters").iterdir()}
     for workflow in workflows:
         nodes = workflow["nodes"] if "nodes" in workflow else workflow.values()
         for node in nodes:
             folder = models / FOLDERS.get(node.get("type") or node.get("class_type"), "")
             values = node["inputs"].values() if "class_type" in node else node.get("widgets_values") or []
             for name in values if folder != models else ():
-                if isinstance(name, str) and name.endswith(".safetensors"):
+                if isinstance(name, str) and name.endswith(".safetensors") and name not in shipped:
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     (folder / name).touch()
 
