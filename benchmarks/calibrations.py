@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from benchmarks.scheduler import GUIDANCE, FittedPerSteps, make_bed, peer
 from diffusers_ext import (
@@ -41,7 +42,8 @@ def tasks(pictures: int = 4) -> dict[str, tuple[str, Callable[[], Any]]]:
 
     def statistics() -> None:
         scenes = zoo.held_out(DATA)
-        calibrate_ems(pipe, clean_latents(pipe, scenes.images), scenes.captions, GUIDANCE, progress=False)
+        latents, how = clean_latents(pipe, scenes.images), {"estimator": "fd", "num_grid": GRID, "progress": False}
+        calibrate_ems(pipe, latents, scenes.captions, GUIDANCE, **how)
 
     def olss() -> None:
         FittedPerSteps(bed).set_timesteps(8)
@@ -70,7 +72,7 @@ def tasks(pictures: int = 4) -> dict[str, tuple[str, Callable[[], Any]]]:
         TimestepSearch.for_pipeline(pipe, captions, 4, GUIDANCE, scheduler=peer("DDIM", bed), size=64).run(False)
 
     return {
-        "dpm-solver-v3": (f"statistics of {DATA} pictures on {GRID} levels", statistics),
+        "dpm-solver-v3": (f"statistics of {DATA} pictures on {GRID} levels, by differences", statistics),
         "olss": ("50 recorded steps of 8 pictures, fitted to 8", olss),
         "dpm-ot": ("transport to 512 latents", transport),
         "dmcmc": ("classifier of noise levels, 1000 steps", classifier),
@@ -119,12 +121,13 @@ def bench(out_dir: Path) -> dict[str, Any]:
         pipe, captions = zoo.load(MODEL), zoo.held_out(8).captions
         zoo.generate(pipe, captions, 2, GUIDANCE)  # the first call of a process is slower
         one = _seconds(lambda: zoo.generate(pipe, captions, PICTURE_STEPS, GUIDANCE)) / len(captions)
-        took = {name: (what, _seconds(work)) for name, (what, work) in tasks().items()}
+        todo = tqdm(tasks().items(), desc="calibrations")
+        took = {name: (what, _seconds(work)) for name, (what, work) in todo}
     finally:
         torch.set_num_threads(threads)
     rows = [[name, what, f"{s:.0f} s", f"{s / one:.0f}"] for name, (what, s) in took.items()]
     notes = (
-        f"Defaults of each method, {MODEL}, guidance {GUIDANCE:g}, {os.cpu_count()} threads. Last column: how many "
+        f"What the pages and the command line suggest, {MODEL}, guidance {GUIDANCE:g}, {os.cpu_count()} threads. Last column: how many "
         f"pictures of {PICTURE_STEPS} steps the same model draws in that time, in batches of {len(captions)}. All of "
         "them show progress and go on where they were stopped."
     )
