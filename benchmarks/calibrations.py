@@ -127,9 +127,10 @@ def bench(out_dir: Path) -> dict[str, Any]:
         torch.set_num_threads(threads)
     rows = [[name, what, f"{s:.0f} s", f"{s / one:.0f}"] for name, (what, s) in took.items()]
     notes = (
-        f"What the pages and the command line suggest, {MODEL}, guidance {GUIDANCE:g}, {os.cpu_count()} threads. Last column: how many "
-        f"pictures of {PICTURE_STEPS} steps the same model draws in that time, in batches of {len(captions)}. All of "
-        "them show progress and go on where they were stopped."
+        f"What the pages and the command line suggest, {MODEL}, guidance {GUIDANCE:g}, {os.cpu_count()} threads. Last "
+        f"column: how many pictures of {PICTURE_STEPS} steps the same model draws in that time, in batches of "
+        f"{len(captions)}. All of them show progress, and all but OLSS, whose recording is a run of the pipeline, go "
+        "on where they were stopped."
     )
     columns = ["Method", "What is done once", "Time", "In pictures"]
     picture = bars({name: s / one for name, (_, s) in took.items()}, Path(out_dir) / "calibrations.png")
