@@ -129,8 +129,7 @@ def bench(out_dir: Path) -> dict[str, Any]:
     notes = (
         f"What the pages and the command line suggest, {MODEL}, guidance {GUIDANCE:g}, {os.cpu_count()} threads. Last "
         f"column: how many pictures of {PICTURE_STEPS} steps the same model draws in that time, in batches of "
-        f"{len(captions)}. All of them show progress, and all but OLSS, whose recording is a run of the pipeline, go "
-        "on where they were stopped."
+        f"{len(captions)}. All of them show progress and go on where they were stopped."
     )
     columns = ["Method", "What is done once", "Time", "In pictures"]
     picture = bars({name: s / one for name, (_, s) in took.items()}, Path(out_dir) / "calibrations.png")

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from ..registry import Claim, MethodRecord, register
+from ._checkpoint import require_size, write_tensors
 from ._common import NoiseLevelScheduler, require_choice, schedule_config
 from ._native import NativeRun
 
@@ -28,6 +30,7 @@ __all__ = ["OLSSCoefficients", "OLSSRecorder", "OLSSScheduler", "fit_olss"]
 logger = logging.getLogger(__name__)
 PATHS = ("search", "uniform")
 _ILL_CONDITIONED = 1e8
+_FORMAT = "diffusers_ext.olss_runs"
 _RANDOM = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "ERSDE", "SASolver")
 
 
@@ -241,6 +244,9 @@ class OLSSRecorder:
         >>> pipe(["a red circle", "a blue star"], num_inference_steps=50)
         >>> pipe.scheduler = OLSSScheduler.fit(recorder, num_inference_steps=8)
 
+    Runs add up, and one that is stopped half-way does not count: call the pipeline again for what is missing. `save`
+    and `load` carry what has been recorded to another process.
+
     Limits: keeps a copy of every latent in main memory: 2 M + 1 of them per image.
     """
 
@@ -289,6 +295,30 @@ class OLSSRecorder:
             raise ValueError("the recorded runs have different timesteps: record with one number of steps")
         x = torch.stack([torch.cat(states) for states in zip(*([*run["x"], run["end"]] for run in complete))])
         return complete[0]["timesteps"], x, torch.stack([torch.cat(es) for es in zip(*(r["e"] for r in complete))])
+
+    def save(self, path: str | Path) -> None:
+        """Write all complete runs to a safetensors file."""
+        times, x, e = self.trajectories()
+        tensors = {"timesteps": torch.tensor(times, dtype=torch.float64), "x": x, "e": e}
+        write_tensors(path, tensors, {"format": _FORMAT})
+
+    def load(self, path: str | Path) -> OLSSRecorder:
+        """Add the runs of a file of `save`; sizes are checked before anything is allocated.
+
+        Raises:
+            ValueError: Not such a file, or its tensors do not fit together.
+        """
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != _FORMAT or set(file.keys()) != {"timesteps", "x", "e"}:
+                raise ValueError(f"{path} holds no recorded runs: make one with OLSSRecorder(...).save(path)")
+            times, x, e = (list(file.get_slice(name).get_shape()) for name in ("timesteps", "x", "e"))
+            if len(times) != 1 or x[:1] != [times[0] + 1] or e != [*times, *x[1:]]:
+                raise ValueError(f"{path}: timesteps {times}, states {x} and outputs {e} do not fit together")
+            require_size("states", *x)
+            times, states, outputs = (file.get_tensor(name) for name in ("timesteps", "x", "e"))
+        run = {"timesteps": times.tolist(), "x": list(states[:-1]), "e": list(outputs), "end": states[-1]}
+        self.runs.append(run)
+        return self
 
 
 def sample_olss(model, x, sigmas, extra_args=None, callback=None, disable=None, coefficients=None):

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import save_file
 
 from diffusers_ext import OLSSCoefficients, OLSSRecorder, OLSSScheduler, fit_olss, zoo
 from diffusers_ext.schedulers.olss import step_olss, uniform_path
@@ -186,6 +187,39 @@ def test_bad_input():
         OLSSScheduler().set_timesteps(5)
     with pytest.raises(RuntimeError, match="no complete run"):
         OLSSRecorder(DDIMScheduler()).trajectories()
+
+
+def record(recorder: OLSSRecorder, seed: int, stop: int | None = None) -> None:
+    """A run of a teacher, or its first steps."""
+    model, x = AnalyticDenoiser(MIXTURE, schedule("sd"), "epsilon"), noise(16, seed).float()
+    recorder.set_timesteps(20)
+    for t in recorder.timesteps[:stop]:
+        x = recorder.step(model(x, t), t, x, return_dict=False)[0]
+
+
+def test_recording_goes_on_in_another_process(tmp_path):
+    whole, file = OLSSRecorder(TEACHERS["DDIM"]()), tmp_path / "runs.safetensors"
+    for seed in (1, 2):
+        record(whole, seed)
+    first = OLSSRecorder(TEACHERS["DDIM"]())
+    record(first, 1)
+    record(first, 2, stop=7)
+    first.save(file)
+    later = OLSSRecorder(TEACHERS["DDIM"]()).load(file)
+    record(later, 2)
+    for a, b in zip(later.trajectories(), whole.trajectories()):
+        assert a == b if isinstance(a, list) else torch.equal(a, b)
+
+
+def test_files_that_hold_no_runs(tmp_path):
+    file = tmp_path / "bad.safetensors"
+    save_file({"x": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="holds no recorded runs"):
+        OLSSRecorder(DDIMScheduler()).load(file)
+    shapes = {"timesteps": torch.zeros(3), "x": torch.zeros(3, 1, 2), "e": torch.zeros(3, 1, 2)}
+    save_file(shapes, file, {"format": "diffusers_ext.olss_runs"})
+    with pytest.raises(ValueError, match="do not fit together"):
+        OLSSRecorder(DDIMScheduler()).load(file)
 
 
 def test_wrong_use_of_a_fitted_scheduler():
