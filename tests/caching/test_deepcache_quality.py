@@ -125,4 +125,4 @@ def test_memory_is_given_back_at_the_end_of_a_run(pipe):
     with diffusers_ext.apply(pipe, DeepCacheConfig(cache_interval=4)):
         zoo.generate(pipe, ["a red circle"], num_inference_steps=3)
         (hook,) = pipe.unet._diffusers_hook.hooks.values()
-        assert not hook.tracker._contexts and hook.shared.step is None
+        assert not hook.tracker._contexts and hook.shared.record is None
