@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import diffusers_ext
 from diffusers_ext.registry import list_methods
 from diffusers_ext.zoo import analytic
 
@@ -366,9 +367,8 @@ class OneDevice(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def test_a_step_never_waits_for_the_device(record, prediction):
+def require_no_waiting(scheduler) -> None:
     """On the meta device nothing can be read back; only the last step, which looks for NaN, may."""
-    scheduler = make(record, prediction)
     scheduler.set_timesteps(8)
     scheduler.set_begin_index(0)
     scheduler.timesteps = scheduler.timesteps.to("meta")
@@ -381,6 +381,21 @@ def test_a_step_never_waits_for_the_device(record, prediction):
             x = scheduler.step(output, t, x, return_dict=False, **extra)[0]
     with pytest.raises(NotImplementedError, match="meta"):
         scheduler.step(torch.empty_like(x), scheduler.timesteps[-1], x, **extra)
+
+
+def test_a_step_never_waits_for_the_device(record, prediction):
+    require_no_waiting(make(record, prediction))
+
+
+def test_statistics_and_fits_do_not_make_it_wait():
+    fitted = diffusers_ext.OLSSScheduler(
+        timesteps=range(950, -1, -125)[:8], wx=[1.0] * 8, we=[[0.1] * i for i in range(1, 9)]
+    )
+    measured = diffusers_ext.DPMSolverV3MultistepScheduler(**SHARED)
+    log_snr = measured.noise_schedule.table[[-1, 0]].tolist()
+    measured.load_ems(diffusers_ext.EMS.constant(*log_snr, 120, l=0.3, s=0.1, b=0.01))
+    for scheduler in (fitted, measured, diffusers_ext.FreeParameterScheduler(**SHARED)):
+        require_no_waiting(scheduler)
 
 
 def test_record_and_class_agree(record):
