@@ -28,7 +28,7 @@ from diffusers_ext import (
 )
 from diffusers_ext.prediction import expand, from_x0
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
+from diffusers_ext.training.fitting import Budget, Draws, begin, fit, script_parser
 from diffusers_ext.training.shapes import encode_images, encode_text, shapes_set
 
 
@@ -70,23 +70,17 @@ def distil(pipe, student: torch.nn.Module, work: Path, budget: Budget, images: i
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("assemble_work"), help="working folder")
+    parser = script_parser(__doc__, "assemble_work", 2048)
     parser.add_argument("--keep-ratio", type=float, default=0.5, help="share of each block's units that stays")
     parser.add_argument("--experts", type=int, default=1, help="kernels per convolution of the up path, 1 for none")
-    parser.add_argument("--images", type=int, default=2048, help="size of the training set")
     parser.add_argument("--calibration", type=int, default=64, help="pictures to score and to measure with")
-    add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Entry point of the command line; returns and prints the figures."""
     options = _arguments(argv)
-    budget = chosen_budget(BUDGET, options)
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    torch.manual_seed(budget.seed)
+    budget = begin(BUDGET, options)
     pipe = zoo.load(BASE)
     batches = calibration(pipe, options.calibration)
     student = assemble(pipe, options.keep_ratio, options.experts, batches)

@@ -187,10 +187,7 @@ class UniConPipeline(StableDiffusionPipeline):
         strengths = _strengths(strengths, images, count)
         scales = [guidance_scale] * count if isinstance(guidance_scale, (int, float)) else list(guidance_scale)
         _require_length("guidance_scale", scales, count)
-        texts = (
-            [_texts(prompts, i, count) for i in range(count)],
-            [_texts(negative_prompts, i, count) for i in range(count)],
-        )
+        texts = tuple([_texts(said, i, count) for i in range(count)] for said in (prompts, negative_prompts))
         height, width = self._size(images, height, width)
         known = [self._known(image, height, width) for image in images]
         batch = _batch([*map(len, texts[0]), *map(len, texts[1]), *(len(k) for k in known if k is not None)])
@@ -210,15 +207,20 @@ class UniConPipeline(StableDiffusionPipeline):
                 if self.interrupt:
                     continue
                 outputs = self._predict(inputs, places, text, joined, joint_scale, scales, cond_guidance_scale)
-                for i, one in enumerate(inputs):
-                    later = schedule[step + 1][i] if step + 1 < len(schedule) else len(one.scheduler.timesteps)
-                    if strengths[i] > 0 and later != places[i]:
-                        one.advance(outputs[i], places[i], **extra)
+                self._advance(inputs, outputs, strengths, schedule, step, extra)
                 self._report(callback_on_step_end, step, inputs, places)
                 bar.update()
         drawn = [self._decoded(one.latents, output_type) for one in inputs]
         self.maybe_free_model_hooks()
         return UniConPipelineOutput(drawn) if return_dict else (drawn,)
+
+    def _advance(self, inputs, outputs, strengths, schedule, step: int, extra: dict[str, Any]) -> None:
+        """One step of every input whose next index differs."""
+        for i, one in enumerate(inputs):
+            now = schedule[step][i]
+            later = schedule[step + 1][i] if step + 1 < len(schedule) else len(one.scheduler.timesteps)
+            if strengths[i] > 0 and later != now:
+                one.advance(outputs[i], now, **extra)
 
     def _joined(self, pairs: Sequence[tuple] | None, images: Any, prompts: Any) -> tuple[list[Joined], int]:
         """The pairs with their adapters, and the number of inputs."""

@@ -193,6 +193,26 @@ def _moments(noise: _Noise, lam: torch.Tensor, data, z, probe, batch_size: int):
 _PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 
+def _all_moments(
+    noise: _Noise, grid, data, seed: int, batch_size: int, unfinished: Checkpoint, progress, on_grid_point
+):
+    """`_moments` at every grid point, `[n + 1, 10, ...]`; goes on from what is there."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(data[: (len(data) + 1) // 2].shape, generator=generator, dtype=torch.float64)
+    # antithetic: at high noise the mean of z would drown E[f']
+    z = torch.cat([z, -z])[: len(data)].to(data)
+    probe = torch.randint(0, 2, data.shape, generator=generator).mul(2).sub(1).to(data)
+    rows = list(unfinished.read().get("moments", ()))
+    first = len(rows)
+    for n in tqdm(range(first, len(grid)), "model statistics", len(grid), initial=first, disable=not progress):
+        rows.append(_moments(noise, grid[n].to(data.device), data, z, probe, batch_size).cpu())
+        unfinished.write({"moments": torch.stack(rows)})
+        if on_grid_point is not None:
+            on_grid_point(n)
+    unfinished.delete()
+    return torch.stack(rows)
+
+
 @torch.no_grad()
 def compute_ems(
     model: Callable,
@@ -254,27 +274,15 @@ def compute_ems(
         raise ValueError(
             f"{num_grid} cells for data of shape {tuple(data.shape[1:])} are too large: use a smaller grid"
         )
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(data[: (len(data) + 1) // 2].shape, generator=generator, dtype=torch.float64)
-    # antithetic: at high noise the mean of z would drown E[f']
-    z = torch.cat([z, -z])[: len(data)].to(data)
-    probe = torch.randint(0, 2, data.shape, generator=generator).mul(2).sub(1).to(data)
     grid = torch.linspace(*(log_snr_range or log_snr_span(schedule)), num_grid + 1, dtype=torch.float64)
     noise = _Noise(model, schedule, prediction, estimator)
     about = {"guidance_scale": guidance_scale, "dataset": dataset, "num_data": len(data), "prediction": prediction}
     about |= {"family": schedule.family, "estimator": estimator, "seed": seed}
     own = {"grid": grid.tolist(), "data": data.double().sum().item()}
     unfinished = Checkpoint(checkpoint, "statistics", {**about, **own})
-    rows = list(unfinished.read().get("moments", ()))
-    first = len(rows)
-    for n in tqdm(range(first, num_grid + 1), "model statistics", num_grid + 1, initial=first, disable=not progress):
-        rows.append(_moments(noise, grid[n].to(data.device), data, z, probe, batch_size).cpu())
-        unfinished.write({"moments": torch.stack(rows)})
-        if on_grid_point is not None:
-            on_grid_point(n)
-    unfinished.delete()
+    measured = _all_moments(noise, grid, data, seed, batch_size, unfinished, progress, on_grid_point)
     average = _reducer(reduce, data.ndim)
-    diagonal, *moments = torch.stack(rows, 1)
+    diagonal, *moments = measured.unbind(1)
     l = average(diagonal)
     pairs = dict(zip(_PAIRS, moments[3:]))
     products = [[pairs[min(i, j), max(i, j)] for j in range(3)] for i in range(3)]

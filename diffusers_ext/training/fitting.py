@@ -72,6 +72,36 @@ def add_budget_arguments(parser: argparse.ArgumentParser, devices: bool = True) 
             parser.add_argument(option, type=kinds[str(field.type)], help=f"see {Budget.__module__}.Budget")
 
 
+def script_parser(
+    doc: str | None, work: str, images: int, init: str | None = None, devices: bool = False
+) -> argparse.ArgumentParser:
+    """The options that all training scripts share.
+
+    Args:
+        doc: Docstring of the script.
+        work: Default working folder.
+        images: Default size of the training set.
+        init: Help of the option that names a file to start from; None for no such option.
+        devices: Whether the script can train elsewhere than on the CPU.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(work), help=f"working folder, {work} by default")
+    parser.add_argument("--images", type=int, default=images, help=f"size of the training set, {images} by default")
+    if init is not None:
+        parser.add_argument("--init", type=Path, help=init)
+    add_budget_arguments(parser, devices)
+    return parser
+
+
+def begin(recipe: Budget, options: argparse.Namespace) -> Budget:
+    """Make the working folder, seed torch, take one thread; the budget of `chosen_budget`."""
+    budget = chosen_budget(recipe, options)
+    options.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    torch.manual_seed(budget.seed)
+    return budget
+
+
 def chosen_budget(recipe: Budget, options: argparse.Namespace) -> Budget:
     """The recipe's budget with what the command line says otherwise."""
     given = {field.name: getattr(options, field.name, None) for field in fields(Budget)}

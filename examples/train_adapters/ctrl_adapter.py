@@ -22,7 +22,7 @@ from torch import nn
 
 from diffusers_ext import CtrlAdapterControl, CtrlAdapterModel, zoo
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
+from diffusers_ext.training.fitting import Budget, Draws, begin, fit, script_parser
 from diffusers_ext.training.shapes import ShapesSet, denoising_loss, encode_text, shapes_set
 from diffusers_ext.zoo.conditions import edges
 
@@ -139,23 +139,16 @@ def adapter(work: Path, budget: Budget, images: int, drop: float, name: str) -> 
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, "ctrl_work", 4096, init="controlnet: go on from this file")
     parser.add_argument("stage", choices=list(BUDGETS))
-    parser.add_argument("--work", type=Path, default=Path("ctrl_work"), help="working folder")
-    parser.add_argument("--images", type=int, default=4096, help="size of the training set")
-    parser.add_argument("--init", type=Path, help="controlnet: go on from this file")
     parser.add_argument("--drop", type=float, help="share of phrases that captions leave out")
-    add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = _arguments(argv)
-    budget = chosen_budget(BUDGETS[options.stage], options)
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    torch.manual_seed(budget.seed)
+    budget = begin(BUDGETS[options.stage], options)
     drop = CAPTION_DROP[options.stage] if options.drop is None else options.drop
     if options.stage == "controlnet":
         print("wrote", controlnet(options.work, budget, options.images, drop, options.init))

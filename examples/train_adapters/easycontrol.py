@@ -15,7 +15,7 @@ import torch
 
 from diffusers_ext import EasyControlAdapter, zoo
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
+from diffusers_ext.training.fitting import Budget, Draws, begin, fit, script_parser
 from diffusers_ext.training.shapes import denoising_loss, encode_images, shapes_set
 from diffusers_ext.zoo.conditions import edges
 from diffusers_ext.zoo.world import Scenes
@@ -54,21 +54,14 @@ def train(work: Path, budget: Budget, images: int, init: Path | None = None) -> 
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("easycontrol_work"), help="working folder")
-    parser.add_argument("--images", type=int, default=8192, help="size of the training set")
-    parser.add_argument("--init", type=Path, help="file of an adapter to start from")
-    add_budget_arguments(parser, devices=False)
+    parser = script_parser(__doc__, "easycontrol_work", 8192, init="file of an adapter to start from")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = _arguments(argv)
-    budget = chosen_budget(BUDGET, options)
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    torch.manual_seed(budget.seed)
+    budget = begin(BUDGET, options)
     print(train(options.work, budget, options.images, options.init))
 
 

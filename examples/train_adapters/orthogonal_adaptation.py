@@ -22,7 +22,7 @@ from torch import nn
 from diffusers_ext import OrthogonalLoraAdapter, zoo
 from diffusers_ext.adapters.orthogonal_adaptation import directions
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit, write_tensors
+from diffusers_ext.training.fitting import Budget, Draws, begin, fit, script_parser, write_tensors
 from diffusers_ext.training.shapes import TRAIN_SEED, ShapesSet, denoising_loss, encode_images, encode_text
 from diffusers_ext.zoo.concepts import CONCEPTS, concept_scenes, trigger
 
@@ -153,21 +153,16 @@ def train(name: str, work: Path, budget: Budget, images: int, plain: bool) -> Pa
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, "orthogonal_work", 1000)
     parser.add_argument("concept", choices=list(CONCEPTS))
-    parser.add_argument("--work", type=Path, default=Path("orthogonal_work"), help="working folder")
-    parser.add_argument("--images", type=int, default=1000, help="size of the training set")
     parser.add_argument("--plain", action="store_true", help="train an ordinary LoRA for comparison")
-    add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = _arguments(argv)
-    budget = chosen_budget(BUDGET, options)
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    budget = begin(BUDGET, options)
     torch.manual_seed(budget.seed + slot_of(options.concept))
     print("wrote", train(options.concept, options.work, budget, options.images, options.plain))
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from diffusers_ext import CSCTuner, SCTuner, zoo
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
+from diffusers_ext.training.fitting import Budget, Draws, begin, fit, script_parser
 from diffusers_ext.training.shapes import (
     TRAIN_SEED,
     ShapesSet,
@@ -95,22 +95,15 @@ def condition(work: Path, budget: Budget, images: int, name: str) -> Path:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, "scedit_work", 4096, init="checkered: start from this file")
     parser.add_argument("stage", choices=list(BUDGETS))
-    parser.add_argument("--work", type=Path, default=Path("scedit_work"), help="working folder")
-    parser.add_argument("--images", type=int, default=4096, help="size of the training set")
-    parser.add_argument("--init", type=Path, help="checkered: start from this file")
-    add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = _arguments(argv)
-    budget = chosen_budget(BUDGETS[options.stage], options)
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    torch.manual_seed(budget.seed)
+    budget = begin(BUDGETS[options.stage], options)
     if options.stage == "checkered":
         print("wrote", style(options.work, budget, options.images, options.init))
     else:

@@ -17,7 +17,7 @@ import torch
 from diffusers_ext import UniConAdapter, zoo
 from diffusers_ext.prediction import expand, from_x0
 from diffusers_ext.training.denoising import UNetTask, task_of
-from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
+from diffusers_ext.training.fitting import Budget, Draws, begin, fit, script_parser
 from diffusers_ext.training.shapes import encode_images, shapes_set
 from diffusers_ext.zoo import conditions
 
@@ -77,22 +77,15 @@ def train(work: Path, budget: Budget, images: int, name: str, init: Path | None 
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, "unicon_work", 4096, init="start from this file")
     parser.add_argument("condition", choices=list(CONDITIONS))
-    parser.add_argument("--work", type=Path, default=Path("unicon_work"), help="working folder")
-    parser.add_argument("--images", type=int, default=4096, help="size of the training set")
-    parser.add_argument("--init", type=Path, help="start from this file")
-    add_budget_arguments(parser, devices=False)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
     options = _arguments(argv)
-    budget = chosen_budget(BUDGET, options)
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    torch.manual_seed(budget.seed)
+    budget = begin(BUDGET, options)
     print("wrote", train(options.work, budget, options.images, options.condition, options.init))
 
 

@@ -8,7 +8,6 @@ Captions say nothing about the look; the labels of each picture do. Stopped by C
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import nn
 from diffusers_ext import VMixAdapter, zoo
 from diffusers_ext.adapters.vmix import aesthetic_rows
 from diffusers_ext.training.denoising import task_of
-from diffusers_ext.training.fitting import Budget, Draws, add_budget_arguments, chosen_budget, fit
+from diffusers_ext.training.fitting import Budget, Draws, begin, fit, script_parser
 from diffusers_ext.training.shapes import TRAIN_SEED, ShapesSet, denoising_loss, shapes_set
 from diffusers_ext.zoo import looks
 
@@ -55,7 +54,6 @@ def vmix_loss(pipe, adapter: VMixAdapter, data: ShapesSet, levels: torch.Tensor)
 
 def train(work: Path, budget: Budget, images: int, lora_rank: int = 0) -> Path:
     """Train, and write `vmix-shapes-unet.safetensors`."""
-    torch.manual_seed(budget.seed)
     pipe = zoo.load("shapes-unet")
     levels = looks.levels(images, budget.seed)
     data = shapes_set(
@@ -71,14 +69,10 @@ def train(work: Path, budget: Budget, images: int, lora_rank: int = 0) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="working folder")
-    parser.add_argument("--images", type=int, default=4096, help="training pictures")
+    parser = script_parser(__doc__, "vmix_work", 4096, devices=True)
     parser.add_argument("--lora-rank", type=int, default=0, help="of a LoRA that is trained along; 0 for none")
-    add_budget_arguments(parser)
     options = parser.parse_args(argv)
-    options.work.mkdir(parents=True, exist_ok=True)
-    budget = chosen_budget(BUDGET, options)
+    budget = begin(BUDGET, options)
     print(train(options.work, budget, options.images, options.lora_rank))
 
 
