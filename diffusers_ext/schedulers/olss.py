@@ -30,6 +30,7 @@ __all__ = ["OLSSCoefficients", "OLSSRecorder", "OLSSScheduler", "fit_olss"]
 logger = logging.getLogger(__name__)
 PATHS = ("search", "uniform")
 _ILL_CONDITIONED = 1e8
+_DEPENDENT = 1e-13  # columns that only rounding tells apart count as one, on every CPU
 _FORMAT = "diffusers_ext.olss_runs"
 _RANDOM = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "ERSDE", "SASolver")
 
@@ -118,7 +119,7 @@ class _Regressions:
             n = a.shape[1]
             damped = torch.cat([a, (self.ridge * self.equations) ** 0.5 * torch.eye(n, dtype=a.dtype)])
             goal = torch.cat([y, y.new_zeros(n)])
-        w = torch.linalg.lstsq(damped, goal[:, None]).solution[:, 0]
+        w = torch.linalg.lstsq(damped, goal[:, None], rcond=_DEPENDENT).solution[:, 0]
         return w, ((a @ w - y).square().sum() / self.equations).item(), damped
 
 
