@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
+from torch.utils._pytree import tree_map
 
 from benchmarks._common import picture_grid
 from benchmarks.adapter import Cost, parameters_of, size_of
 from diffusers_ext import CtrlAdapterControl, CtrlAdapterModel, zoo
-from diffusers_ext.eval import count_macs
+from diffusers_ext.eval import PairedTiming, count_macs, paired_ratio
 from diffusers_ext.registry import MethodRecord
 from diffusers_ext.zoo.conditions import edge_f1, edge_iou, edges
 
 
 SOURCE, CONTROLNET = "shapes-unet-eps", "controlnet-edges-shapes-unet-eps"
 PICTURES, STEPS = 24, 20
-COLUMNS = ["Model", "Edges through", "Edge F1", "IoU of exact edges", "Judge: all attributes"]
+COLUMNS = [
+    "Model",
+    "Edges through",
+    "Edge F1",
+    "IoU of exact edges",
+    "Judge: all attributes",
+    "MACs per step",
+    "Time of a run",
+]
+# The adapter whose control does not depend on the step.
+ONCE = "once per picture"
 Draw = Callable[[list[str]], torch.Tensor]
 
 
@@ -66,14 +79,15 @@ class Drawing:
 
 
 def trained(name: str) -> CtrlAdapterModel:
-    """The shipped adapter of a model."""
+    """A shipped adapter."""
     return CtrlAdapterModel.from_pretrained(zoo.adapter_file(f"ctrl-adapter-{name}"), torch_dtype=torch.float32)
 
 
-def untrained(adapter: CtrlAdapterModel) -> CtrlAdapterModel:
-    """The same adapter with random weights."""
+def fresh(adapter: CtrlAdapterModel, **changes: Any) -> CtrlAdapterModel:
+    """The same adapter with random weights, and with these changes of its config."""
     torch.manual_seed(0)
-    return CtrlAdapterModel(**{key: value for key, value in adapter.config.items() if not key.startswith("_")}).eval()
+    config = {key: value for key, value in adapter.config.items() if not key.startswith("_")}
+    return CtrlAdapterModel(**{**config, **changes}).eval()
 
 
 def ways(drawing: Drawing) -> Iterator[tuple[str, str, Draw]]:
@@ -84,7 +98,20 @@ def ways(drawing: Drawing) -> Iterator[tuple[str, str, Draw]]:
     yield "shapes-unet", "nothing", drawing.plain(unet)
     yield "shapes-unet", "that ControlNet as it is", drawing.native(unet)
     yield "shapes-unet", "Ctrl-Adapter", drawing.adapted(unet, adapter)
-    yield "shapes-unet", "random weights", drawing.adapted(unet, untrained(adapter))
+    yield "shapes-unet", f"Ctrl-Adapter, {ONCE}", drawing.adapted(unet, trained("once-shapes-unet"))
+    yield "shapes-unet", "random weights", drawing.adapted(unet, fresh(adapter))
+
+
+def run_times(drawing: Drawing, pairs: int = 5) -> dict[str, PairedTiming]:
+    """Processor time of a run over that of one without control, by way."""
+    captions, found, plain = drawing.scenes.captions[:2], {}, drawing.plain(drawing.source)
+    for _, way, draw in ways(drawing):
+        if way == "nothing":
+            plain = draw
+        elif way != "random weights":
+            runs = functools.partial(draw, captions), functools.partial(plain, captions)
+            found[way] = paired_ratio(*runs, pairs=pairs, clock=time.process_time)
+    return found
 
 
 class SDXL:
@@ -119,14 +146,47 @@ class SDXL:
             Cost("ControlNet of SDXL", parameters_of(self.own), theirs, 0, size_of(residuals)),
         ]
 
+    def seconds(self) -> dict[str, float]:
+        """Processor time of one call in float32, by network; after this the networks have random weights."""
+        calls = {
+            "SD 1.5 ControlNet": (self.small, self.small_call, {}),
+            "adapter": (self.adapter, (*self.features, self.t, self.context), {}),
+            "SDXL ControlNet": (self.own, (self.latents, self.t, self.context, self.picture), self.added),
+        }
+        return {name: _seconds(*call) for name, call in calls.items()}
+
+
+def _seconds(module: torch.nn.Module, args: tuple, kwargs: dict) -> float:
+    torch.manual_seed(0)
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.normal_(std=0.02)
+        args, kwargs = tree_map(lambda t: torch.randn(t.shape) if isinstance(t, torch.Tensor) else t, (args, kwargs))
+        start = time.process_time()
+        module(*args, **kwargs)
+    used = time.process_time() - start
+    module.to("meta")
+    return used
+
 
 def sdxl_cost() -> str:
     """The same in words."""
-    step, found = SDXL().costs()
+    models = SDXL()
+    step, (mine, theirs) = models.costs()
+    taken = models.seconds()
+    every = mine.once  # of the SD 1.5 ControlNet, at every step unless latents are skipped
     return (
         "Counted on SDXL at 1024 x 1024, relative to one step of its UNet: "
-        f"{'; '.join(cost.sentence(step) for cost in found)}. With latent skipping at a fixed timestep the SD 1.5 "
-        "ControlNet runs once per picture"
+        f"SDXL's own ControlNet {theirs.parameters / 1e6:.0f} M parameters, {theirs.per_step / step:+.1%}; the SD 1.5 "
+        f"ControlNet at 512 x 512 {every / step:+.1%}, the authors' adapter {mine.parameters / 1e6:.0f} M, "
+        f"{mine.per_step / step:+.1%}. Both at every step: {(every + mine.per_step) / theirs.per_step:.2f} x SDXL's "
+        f"ControlNet; adapter alone (latents skipped, ControlNet at a fixed timestep, once per picture): "
+        f"{mine.per_step / theirs.per_step:.2f} x it, but {mine.per_step / every:.1f} x the SD 1.5 ControlNet; both "
+        f"{ONCE}: less than the SD 1.5 ControlNet alone from {int((every + mine.per_step) / every) + 1} steps on, "
+        f"{(every + mine.per_step) / (50 * every):.2f} x it in 50. Processor time of one call each in float32, random "
+        f"weights: adapter {taken['adapter'] / taken['SDXL ControlNet']:.2f} x SDXL's ControlNet, "
+        f"{taken['adapter'] / taken['SD 1.5 ControlNet']:.1f} x SD 1.5's"
     )
 
 
@@ -145,18 +205,39 @@ _SDXL = {
 }
 
 
-def small_cost(drawing: Drawing) -> str:
-    """Operations per step of the small model, counted."""
+def step_macs(drawing: Drawing) -> tuple[int, int, int]:
+    """Operations of one call of the small UNet, of the ControlNet and of the adapter."""
     unet, adapter = zoo.load("shapes-unet").unet, trained("shapes-unet")
     call = torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, 20, 128)
     with torch.no_grad():
         down, mid = drawing.controlnet(*call, drawing.pictures[:1], return_dict=False)
-    step, control = count_macs(unet, *call), count_macs(drawing.controlnet, *call, drawing.pictures[:1])
-    mine = count_macs(adapter, down, mid, call[1], call[2])
+    control = count_macs(drawing.controlnet, *call, drawing.pictures[:1])
+    return count_macs(unet, *call), control, count_macs(adapter, down, mid, call[1], call[2])
+
+
+def per_step(drawing: Drawing) -> dict[str, str]:
+    """Operations that every way adds to a step, of a run of `STEPS`."""
+    step, control, mine = step_macs(drawing)
+    shares = {
+        "its ControlNet": control,
+        "that ControlNet as it is": control,
+        "Ctrl-Adapter": control + mine,
+        f"Ctrl-Adapter, {ONCE}": (control + mine) / STEPS,
+    }
+    return {way: f"{share / step:+.1%}" for way, share in shares.items()}
+
+
+def skipping(drawing: Drawing) -> str:
+    """What latent skipping alone saves on the small model: the ControlNet once per picture, the adapter every step."""
+    step, control, mine = step_macs(drawing)
+    unet, captions = zoo.load("shapes-unet"), drawing.scenes.captions[:2]
+    half = fresh(trained("shapes-unet"), skip_conv_in=True, fixed_controlnet_timestep=500)
+    runs = drawing.adapted(unet, half), drawing.plain(unet)
+    taken = paired_ratio(*(functools.partial(draw, captions) for draw in runs), clock=time.process_time)
     return (
-        f"Counted on the small model, relative to one step of its UNet: ControlNet "
-        f"{parameters_of(drawing.controlnet) / 1e6:.2f} M parameters, {control / step:+.1%}; adapter "
-        f"{parameters_of(adapter) / 1e6:.2f} M, {mine / step:+.1%}"
+        "With latent skipping and a fixed timestep of the ControlNet alone, the adapter still runs at every step: "
+        f"{(control / STEPS + mine) / step:+.1%} MACs per step, {taken} of the time; the adapter alone has "
+        f"{mine / control:.2f} x the MACs of the ControlNet"
     )
 
 
@@ -166,19 +247,24 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
     scenes, wanted = drawing.scenes, drawing.wanted
     short = [zoo.caption(spec, keep=()) for spec in scenes.specs.tolist()]
     pictures = {"edges": drawing.pictures * 2 - 1}
+    macs, times = per_step(drawing), run_times(drawing)
     for model, way, draw in ways(drawing):
         images = draw(short)
         found = edges(images)
         agreement = [edge_f1(found, wanted).mean(), edge_iou(found, wanted, tolerance=0).mean()]
         read = judge.accuracy(draw(scenes.captions), scenes.specs)["all"]
-        rows.append([model, way, *(f"{a:.3f}" for a in agreement), f"{read:.1%}"])
+        costs = macs.get(way, "-"), str(times.get(way, "-"))
+        rows.append([model, way, *(f"{a:.3f}" for a in agreement), f"{read:.1%}", *costs])
         pictures[f"{model}:\n{way}"] = images
     notes = (
         f"{PICTURES} held-out scenes, {STEPS} steps, guidance 3. Edges: of pictures whose captions name shapes and "
         "colours only, against the edges drawn by: F1 within one pixel, IoU without tolerance. Judge: on full "
         f"captions, drawn by the edges too. The ControlNet was trained on {SOURCE}, the adapter with ControlNet and "
-        "backbone frozen (steps and data in examples/train_adapters/README.md). "
-        f"{small_cost(drawing)}. {sdxl_cost()}."
+        "backbone frozen (steps and data in examples/train_adapters/README.md). Once per picture: latents skipped, "
+        "ControlNet and adapter at a fixed timestep. MACs relative to a step of the UNet, spread over the run; time "
+        "of a run of two pictures over one without control. ControlNet "
+        f"{parameters_of(drawing.controlnet) / 1e6:.2f} M parameters, adapter "
+        f"{parameters_of(trained('shapes-unet')) / 1e6:.2f} M. {skipping(drawing)}. {sdxl_cost()}."
     )
     return {
         "columns": COLUMNS,

@@ -47,13 +47,16 @@ class AdaptedControl(ControlBase):
     def __init__(self, control_net: Any, adapter: Any):
         super().__init__()
         self.control_net, self.adapter = control_net, adapter
+        self._kept: list[tuple] = []
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         super().pre_run(model, percent_to_timestep_function)
         self.control_net.pre_run(model, percent_to_timestep_function)
-        fixed = self.adapter.config.fixed_controlnet_timestep
-        self.control_net.model_sampling_current = ControlSampling(model.model_sampling, fixed)
-        self._sampling, self._network = ControlSampling(model.model_sampling), model.diffusion_model
+        config, self._kept = self.adapter.config, []
+        own = ControlSampling(model.model_sampling, config.fixed_controlnet_timestep)
+        self.control_net.model_sampling_current = own
+        self._sampling = ControlSampling(model.model_sampling, config.fixed_adapter_timestep)
+        self._network = model.diffusion_model
         require_fit(self.adapter, self._network)
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
@@ -64,7 +67,20 @@ class AdaptedControl(ControlBase):
         first, last = self.timestep_range
         if t[0] > first or t[0] < last:
             return previous
-        return self.control_merge(self._adapted(x_noisy, t, cond, batched_number, transformer_options), previous, None)
+        found = self._once(x_noisy, t, cond, batched_number, transformer_options)
+        return self.control_merge(found, previous, None)
+
+    def _once(self, x: torch.Tensor, t: torch.Tensor, cond: dict, *rest: Any) -> dict:
+        """`_adapted`, or what it gave for the same prompts in an earlier step, where the step makes no difference."""
+        config, said = self.adapter.config, [cond["c_crossattn"], cond.get("crossattn_controlnet", torch.zeros(()))]
+        if not config.skip_conv_in or min(config.fixed_controlnet_timestep, config.fixed_adapter_timestep) < 0:
+            return self._adapted(x, t, cond, *rest)
+        for shape, before, found in self._kept:
+            if shape == x.shape and all(torch.equal(a, b) for a, b in zip(said, before)):
+                return found
+        found = self._adapted(x, t, cond, *rest)
+        self._kept.append((x.shape, said, found))
+        return found
 
     def _adapted(self, x: torch.Tensor, t: torch.Tensor, cond: dict, batched_number: int, options: dict) -> dict:
         from diffusers_ext.adapters.ctrl_adapter_control import pooled
@@ -95,6 +111,7 @@ class AdaptedControl(ControlBase):
 
     def cleanup(self) -> None:
         super().cleanup()
+        self._kept = []
         self.control_net.cleanup()
 
     def get_models(self) -> list:

@@ -19,7 +19,7 @@ from ..apply import denoiser_of
 from ..caching._common import place_of, steps_of
 from ..registry import Claim, MethodRecord, register
 from ._common import Adapter, conditional_rows, within
-from ._ctrl_adapter_backbones import FluxBackbone, UNetBackbone, backbone_of, step_time
+from ._ctrl_adapter_backbones import Call, FluxBackbone, UNetBackbone, backbone_of, step_time
 from ._ctrl_adapter_block import AdapterBlock, Parts
 from .ctrl_adapter_control import CtrlAdapterControl, pooled, sites_of
 
@@ -101,6 +101,8 @@ class CtrlAdapterModel(Adapter):
             another noise scale.
         fixed_controlnet_timestep: In [0, 1000], whatever that of the backbone; -1 for off. With `skip_conv_in` the
             ControlNet says the same at every step and runs once per picture.
+        fixed_adapter_timestep: The same for the adapter itself (not in the authors' files). With both and
+            `skip_conv_in`, nothing of the control depends on the step: it is computed once per picture.
 
     Raises:
         ValueError: Values that do not go together; on `attach`, another backbone than the adapter was made for; in a
@@ -121,8 +123,8 @@ class CtrlAdapterModel(Adapter):
         ...     images = zoo.generate(pipe, scenes.captions, num_inference_steps=4)
 
     Limits:
-        A fresh adapter is not the identity: it has to be trained. Control costs a run of the ControlNet per step,
-        unless its residuals are constant (see `fixed_controlnet_timestep`).
+        A fresh adapter is not the identity: it has to be trained. Control costs a run of ControlNet and adapter per
+        step, unless they are constant (see `fixed_controlnet_timestep` and `fixed_adapter_timestep`).
     """
 
     @register_to_config
@@ -155,12 +157,12 @@ class CtrlAdapterModel(Adapter):
         norm_groups: int = 32,
         skip_conv_in: bool = False,
         fixed_controlnet_timestep: int = -1,
+        fixed_adapter_timestep: int = -1,
     ):
         super().__init__()
-        if not -1 <= fixed_controlnet_timestep <= 1000:
-            raise ValueError(
-                f"fixed_controlnet_timestep is {fixed_controlnet_timestep}; accepted: 0 to 1000, -1 for off"
-            )
+        for name in ("fixed_controlnet_timestep", "fixed_adapter_timestep"):
+            if not -1 <= self.config[name] <= 1000:
+                raise ValueError(f"{name} is {self.config[name]}; accepted: 0 to 1000, -1 for off")
         up = 2 if backbone_model_name == "sdxl" else 1
         self.control: CtrlAdapterControl | None = None
         self.latent_ratio = latent_ratio or up
@@ -184,7 +186,7 @@ class CtrlAdapterModel(Adapter):
         self.down_blocks_adapter = nn.ModuleList(block for k, block in blocks.items() if k != middle)
         if middle in blocks:
             self.mid_block_adapter = blocks[middle]
-        self._constant: tuple[Any, Any, Any] = (None, None, None)
+        self._forget()
 
     def _locations(self, letters: str) -> list[int]:
         config, last = self.config, len(self.config.controlnet_channels) - 1
@@ -283,8 +285,13 @@ class CtrlAdapterModel(Adapter):
         def compute(arguments: Mapping[str, Any]) -> list[torch.Tensor] | None:
             return self._residuals(target, backbone, arguments)
 
-        self._constant = (None, None, None)
+        undo.callback(self._forget)
         backbone.install(compute, undo)
+
+    def _forget(self) -> None:
+        """Drop what is kept between the steps of a picture."""
+        self._constant: tuple[Any, Any, Any] = (None, None, None)
+        self._adapted: tuple[Any, Any, Any] = (None, None, None)
 
     def _residuals(
         self, target: Any, backbone: UNetBackbone | FluxBackbone, arguments: Mapping[str, Any]
@@ -309,14 +316,7 @@ class CtrlAdapterModel(Adapter):
         keys = frames if ids is None else len(ids)
         before = conditional_rows(target, rows // frames).start * keys
         down, mid = self._controlled(control, call.latents[keep], time[keep], before, keys)
-        down, mid = self(
-            [d.to(call.latents) for d in down],
-            mid.to(call.latents),
-            timestep=time[keep],
-            encoder_hidden_states=call.context[keep],
-            num_frames=frames,
-            sparse_frame_ids=ids,
-        )
+        down, mid = self._mapped(down, mid, call, time[keep], keep)
         if isinstance(backbone, UNetBackbone):
             return [*down[: backbone.skips], mid]
         return [output for k, output in enumerate([*down, mid]) if k in self.active]
@@ -332,7 +332,7 @@ class CtrlAdapterModel(Adapter):
                 f"{size} x {size}; leave `pool` on"
             )
         skip, fixed = self.config.skip_conv_in, self.config.fixed_controlnet_timestep
-        key = (tuple(latents.shape), latents.device, before, self.scale)
+        key = (tuple(latents.shape), latents.device, latents.dtype, before, self.scale)
         if self._constant[0] is control and self._constant[1] == key:
             return self._constant[2]
         time = time if fixed < 0 else torch.full_like(time, fixed)
@@ -340,6 +340,30 @@ class CtrlAdapterModel(Adapter):
         if skip and fixed >= 0:
             self._constant = (control, key, residuals)
         return residuals
+
+    def _mapped(
+        self, down: list[torch.Tensor], mid: torch.Tensor, call: Call, time: torch.Tensor, keep: slice | torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """`forward`, or what it gave for the same constant residuals and context in an earlier step."""
+        fixed, (given, context, outputs) = self.config.fixed_adapter_timestep, self._adapted
+        if given is down and (context is call.context or torch.equal(context, call.context)):
+            return outputs
+        outputs = self(
+            [d.to(call.latents) for d in down],
+            mid.to(call.latents),
+            timestep=time if fixed < 0 else torch.full_like(time, fixed),
+            encoder_hidden_states=call.context[keep],
+            num_frames=call.frames,
+            sparse_frame_ids=self.control.sparse_frame_ids,
+        )
+        if (
+            fixed >= 0
+            and self._constant[2] is not None
+            and self._constant[2][0] is down
+            and not torch.is_grad_enabled()
+        ):
+            self._adapted = (down, call.context, outputs)
+        return outputs
 
     def forward(
         self,

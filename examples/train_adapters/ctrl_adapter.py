@@ -3,6 +3,7 @@
 
     python examples/train_adapters/ctrl_adapter.py controlnet --work ctrl_work
     python examples/train_adapters/ctrl_adapter.py shapes-unet --work ctrl_work
+    python examples/train_adapters/ctrl_adapter.py once-shapes-unet --work ctrl_work
     python examples/train_adapters/ctrl_adapter.py shapes-dit --work ctrl_work
 
 Every stage goes on from its checkpoint when started again.
@@ -31,15 +32,17 @@ SOURCE, CONTROLNET = "shapes-unet-eps", "controlnet-edges-shapes-unet-eps"
 BUDGETS = {
     "controlnet": Budget(steps=800, batch=16, lr=2e-3),
     "shapes-unet": Budget(steps=200, batch=16, lr=2e-3),
+    "once-shapes-unet": Budget(steps=300, batch=16, lr=2e-3),
     "shapes-dit": Budget(steps=200, batch=16, lr=2e-3),
 }
 # Share of phrases that captions leave out; the adapter is to learn places, sizes and grounds from the edges.
-CAPTION_DROP = {"controlnet": 0.15, "shapes-unet": 0.6, "shapes-dit": 0.6}
+CAPTION_DROP = {"controlnet": 0.15, "shapes-unet": 0.6, "once-shapes-unet": 0.6, "shapes-dit": 0.6}
 # Sizes of the small models; attention heads of 16 channels.
 SMALL = {"controlnet_sample_size": 16, "transformer_dim": 64, "attention_head_dim": 16, "norm_groups": 8}
 # A transformer has other noise levels: its ControlNet sees the edges only, always at the same timestep.
 KINDS = {
     "shapes-unet": {"num_adapters_per_location": 3},
+    "once-shapes-unet": {"skip_conv_in": True, "fixed_controlnet_timestep": 500, "fixed_adapter_timestep": 500},
     "shapes-dit": {"num_adapters_per_location": 1, "skip_conv_in": True, "fixed_controlnet_timestep": 500},
 }
 
@@ -118,7 +121,7 @@ class ControlledTask:
 
 def adapter(work: Path, budget: Budget, images: int, drop: float, name: str) -> Path:
     """Train the adapter for one backbone and write its file; ControlNet and backbone are frozen."""
-    pipe, source, control = zoo.load(name), zoo.load(SOURCE), _controlnet_of(work)
+    pipe, source, control = zoo.load(name.removeprefix("once-")), zoo.load(SOURCE), _controlnet_of(work)
     backbone = getattr(pipe, "unet", None) or pipe.transformer
     backbone.requires_grad_(False)
     data = shapes_set(pipe, images, drop=drop)

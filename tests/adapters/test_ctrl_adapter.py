@@ -19,6 +19,7 @@ from diffusers import (
 import diffusers_ext
 from diffusers_ext import CtrlAdapterControl, CtrlAdapterModel, CtrlAdapterRouter, zoo
 from diffusers_ext.adapters.ctrl_adapter_control import inference_timestep, inverse_timesteps, svd_levels
+from diffusers_ext.eval import count_macs
 from diffusers_ext.zoo.conditions import edge_f1, edge_iou, edges
 
 
@@ -35,6 +36,7 @@ VIDEO = {
 SMALL = {"transformer_dim": 32, "attention_head_dim": 8, "norm_groups": 8, "controlnet_sample_size": 16}
 WIDTHS, FRAMES = (32, 64, 64, 64), 3
 CONTROLNET, PICTURES = "controlnet-edges-shapes-unet-eps", 12
+SHIPPED = ["ctrl-adapter-shapes-unet", "ctrl-adapter-once-shapes-unet"]
 
 
 def control_network(seed=0) -> ControlNetModel:
@@ -307,6 +309,90 @@ class TestLatentSkipping:
         finally:
             note.remove()
 
+    def test_with_both_timesteps_fixed_everything_runs_once(self, shapes_unet, edge_control, drawn_by):
+        """And draws what it draws when computed anew at every step."""
+        scenes, calls = zoo.held_out(2), []
+        settings = {"skip_conv_in": True, "fixed_controlnet_timestep": 500, "fixed_adapter_timestep": 300}
+        torch.manual_seed(0)
+        adapter = CtrlAdapterModel.for_model(shapes_unet, edge_control, "AB", **settings, **SMALL).requires_grad_(
+            False
+        )
+        drawn_by(adapter, scenes.captions, edges(scenes.images))
+        note = adapter.register_forward_hook(lambda *_: calls.append(1))
+        with adapter.attach(shapes_unet):
+            once = zoo.generate(shapes_unet, scenes.captions, 4)
+            assert len(calls) == 1
+            zoo.generate(shapes_unet, scenes.captions[::-1], 2)  # other prompts
+            assert len(calls) == 2
+            with torch.enable_grad():  # in training nothing is kept
+                call = torch.zeros(4, 4, 16, 16), 5, torch.zeros(4, 20, 128)
+                assert shapes_unet.unet(*call).sample.isfinite().all() and len(calls) == 3
+        step = shapes_unet.unet.register_forward_pre_hook(lambda *_: adapter._forget())
+        with adapter.attach(shapes_unet):
+            every = zoo.generate(shapes_unet, scenes.captions, 4)
+        note.remove(), step.remove()
+        assert torch.equal(once, every) and len(calls) == 7
+        assert adapter._constant == adapter._adapted == (None, None, None)
+
+
+def block_macs(channels, side, words, context, width=512):
+    """Operations of one location of an image adapter, counted by hand: `side` is that of the outputs."""
+    pixels = side * side
+    resnet = (9 + 9 + 1) * channels**2 * pixels + 3 * channels**2
+    own = 4 * width * channels * pixels + 2 * pixels**2 * channels
+    told = 2 * width * channels * pixels + 2 * context * channels * words + 2 * pixels * words * channels
+    return resnet + 2 * width * channels * pixels + own + told + (8 + 4) * width**2 * pixels
+
+
+class TestCost:
+    """Operations of a run, counted exactly; with latent skipping control is cheaper than the ControlNet it adapts."""
+
+    STEPS = 3
+
+    @pytest.mark.parametrize(
+        ("fixed", "of_controlnet", "of_adapter"),
+        [({}, STEPS, STEPS), ({"controlnet": 500}, 1, STEPS), ({"controlnet": 500, "adapter": 500}, 1, 1)],
+    )
+    def test_a_run_on_the_small_model(self, shapes_unet, edge_control, drawn_by, fixed, of_controlnet, of_adapter):
+        scenes = zoo.held_out(1)
+        settings = {f"fixed_{name}_timestep": t for name, t in fixed.items()} | {"skip_conv_in": bool(fixed)}
+        adapter = CtrlAdapterModel.for_model(shapes_unet, edge_control, "AB", **settings, **SMALL)
+        drawn_by(adapter, scenes.captions, edges(scenes.images))
+        x, t, text = torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, 20, 128)  # both halves of guidance
+        hint = torch.zeros(2, 3, 64, 64)
+        with torch.no_grad():
+            down, mid = edge_control(x, t, text, hint, return_dict=False)
+        control = count_macs(edge_control, x, t, text, hint)
+        own = count_macs(adapter, down, mid, t, text)
+        plain = count_macs(zoo.generate, shapes_unet, scenes.captions, self.STEPS)
+        with adapter.attach(shapes_unet):
+            whole = count_macs(zoo.generate, shapes_unet, scenes.captions, self.STEPS)
+        assert whole - plain == of_controlnet * control + of_adapter * own
+
+    def test_the_authors_sizes(self):
+        """SDXL at 1024 x 1024 with a ControlNet of SD 1.5."""
+        with torch.device("meta"):
+            control, adapter = ControlNetModel(cross_attention_dim=768).eval(), CtrlAdapterModel(**SDXL).eval()
+            call = torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768), torch.zeros(1, 3, 512, 512)
+            context = torch.zeros(1, 77, 2048)
+            with torch.no_grad():
+                down, mid = control(*call, return_dict=False)
+            once, own = count_macs(control, *call), count_macs(adapter, down, mid, call[1], context)
+        sides = [128, 128, 128, 64, 64, 64, 32, 32, 32]
+        channels = [320] * 4 + [640] * 3 + [1280] * 2
+        assert own == sum(block_macs(c, s, 77, 2048) for c, s in zip(channels, sides))
+        # At every step the adapter alone is dearer than the ControlNet; once per picture, both are cheaper.
+        assert own > once and once + own < 10 * once
+
+    def test_the_shipped_adapter_against_the_controlnet_at_every_step(self, edge_control):
+        x, t, text = torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, 20, 128)
+        hint = torch.zeros(1, 3, 64, 64)
+        adapter = CtrlAdapterModel.from_pretrained(zoo.adapter_file("ctrl-adapter-once-shapes-unet")).float()
+        with torch.no_grad():
+            down, mid = edge_control(x, t, text, hint, return_dict=False)
+        control = count_macs(edge_control, x, t, text, hint)
+        assert control + count_macs(adapter, down, mid, t, text) < 2 * control  # so two steps are enough to gain
+
 
 class TestRouter:
     def outputs(self, n):
@@ -519,32 +605,47 @@ class TestLearnt:
         return edge_f1(edges(images), wanted).mean()
 
     def test_files_are_small(self):
-        for name in (CONTROLNET, "ctrl-adapter-shapes-unet"):
+        for name in (CONTROLNET, *SHIPPED):
             assert zoo.adapter_file(name).stat().st_size < 3e6
 
     def test_other_files_are_no_controlnet(self):
         with pytest.raises(ValueError, match="holds a CtrlAdapterModel, not a ControlNetModel"):
             zoo.load_controlnet("ctrl-adapter-shapes-unet")
 
-    def test_control_carries_over(self, shapes_unet, captions, wanted, native, drawn_by, edge_control):
-        adapter = CtrlAdapterModel.from_pretrained(zoo.adapter_file("ctrl-adapter-shapes-unet"))
+    @pytest.fixture(scope="class")
+    def free(self, captions):
+        """Edges of pictures without control."""
+        return edges(zoo.generate(zoo.load("shapes-unet"), captions, 10))
+
+    def drawn(self, pipe, adapter, captions, wanted, drawn_by):
+        drawn_by(adapter, captions, wanted)
+        with adapter.attach(pipe):
+            return edges(zoo.generate(pipe, captions, 10))
+
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_control_carries_over(self, shapes_unet, captions, wanted, native, free, drawn_by, name):
+        adapter = CtrlAdapterModel.from_pretrained(zoo.adapter_file(name))
+        found = self.drawn(shapes_unet, adapter, captions, wanted, drawn_by)
+        f1, without = edge_f1(found, wanted).mean(), edge_f1(free, wanted).mean()
+        assert f1 > 0.7 * native and f1 > 2 * without
+        exact = [edge_iou(maps, wanted, tolerance=0).mean() for maps in (found, free)]
+        assert exact[0] > 3 * exact[1]
+
+    def test_random_weights_do_not(self, shapes_unet, captions, wanted, free, drawn_by):
+        adapter = CtrlAdapterModel.from_pretrained(zoo.adapter_file(SHIPPED[0]))
         torch.manual_seed(0)
         untrained = CtrlAdapterModel(**{k: v for k, v in adapter.config.items() if not k.startswith("_")})
-        free = edges(zoo.generate(shapes_unet, captions, 10))
-        found = {}
-        for name, model in (("trained", adapter), ("untrained", untrained)):
-            drawn_by(model, captions, wanted)
-            with model.attach(shapes_unet):
-                found[name] = edges(zoo.generate(shapes_unet, captions, 10))
-        f1 = {name: edge_f1(maps, wanted).mean() for name, maps in {**found, "free": free}.items()}
-        assert f1["trained"] > 0.7 * native and f1["trained"] > 2 * f1["free"]
-        exact = [edge_iou(maps, wanted, tolerance=0).mean() for maps in (found["trained"], free)]
-        assert exact[0] > 3 * exact[1]
-        assert f1["untrained"] < 1.25 * f1["free"]
+        found = self.drawn(shapes_unet, untrained, captions, wanted, drawn_by)
+        assert edge_f1(found, wanted).mean() < 1.25 * edge_f1(free, wanted).mean()
 
-    def test_the_judge_reads_as_before(self, shapes_unet, scenes, wanted, drawn_by, judge):
-        adapter = CtrlAdapterModel.from_pretrained(zoo.adapter_file("ctrl-adapter-shapes-unet"))
-        plain = judge.accuracy(zoo.generate(shapes_unet, scenes.captions, 10), scenes.specs)
+    @pytest.fixture(scope="class")
+    def plain(self, scenes, judge):
+        """What the judge reads of pictures without control."""
+        return judge.accuracy(zoo.generate(zoo.load("shapes-unet"), scenes.captions, 10), scenes.specs)
+
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_the_judge_reads_as_before(self, shapes_unet, scenes, wanted, plain, drawn_by, judge, name):
+        adapter = CtrlAdapterModel.from_pretrained(zoo.adapter_file(name))
         drawn_by(adapter, scenes.captions, wanted)
         with adapter.attach(shapes_unet):
             controlled = judge.accuracy(zoo.generate(shapes_unet, scenes.captions, 10), scenes.specs)
@@ -700,7 +801,8 @@ class TestBadInput:
             ({"out_channels": [32]}, "1 out_channels and 13 up_sampling_scales for 13 residuals"),
             ({"up_sampling_scales": [4] * 13}, "scales go up to 2"),
             ({"attention_head_dim": 512}, "less than attention_head_dim 512"),
-            ({"fixed_controlnet_timestep": 2000}, "accepted: 0 to 1000"),
+            ({"fixed_controlnet_timestep": 2000}, "fixed_controlnet_timestep is 2000; accepted: 0 to 1000"),
+            ({"fixed_adapter_timestep": -2}, "fixed_adapter_timestep is -2; accepted: 0 to 1000"),
             ({f"add_adapter_location_{letter}": False for letter in "ABC"}, "this ControlNet has A, B, C, D, M"),
         ],
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import diffusers_ext
 from diffusers_ext import zoo
 from diffusers_ext.adapters._common import Adapter
-from diffusers_ext.registry import list_methods
+from diffusers_ext.registry import list_methods, public_names
 from diffusers_ext.zoo.pipelines import ADAPTERS
 
 
@@ -18,12 +19,23 @@ OTHER = {"shapes-unet": "shapes-dit", "shapes-dit": "shapes-unet"}
 RECORDS = [record for record in list_methods(kind="adapter") if issubclass(record.public, Adapter)]
 
 
-def shipped(record) -> list[str]:
-    """Names of the weight files that ship for a method."""
-    return sorted(path.stem for path in ADAPTERS.glob("*.safetensors") if path.stem.startswith(record.slug))
+NAMES = [name for name, module in public_names().items() if ".adapters" in module]
+PUBLIC = {name: getattr(diffusers_ext, name) for name in NAMES}
+CLASSES = {name: c for name, c in PUBLIC.items() if isinstance(c, type) and issubclass(c, Adapter)}
 
 
-CASES = [(record, name) for record in RECORDS for name in shipped(record)]
+def shipped() -> list[tuple[type[Adapter], str]]:
+    """Class and name of every weight file of an adapter that ships; a file says its class."""
+    found = []
+    for path in sorted(ADAPTERS.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            name = (file.metadata() or {}).get("class")
+        if name in CLASSES:
+            found.append((CLASSES[name], path.stem))
+    return found
+
+
+CASES = shipped()
 
 
 def model_of(name: str) -> str:
@@ -32,6 +44,10 @@ def model_of(name: str) -> str:
 
 def edges_for(adapter, pipe, count):
     adapter.set_condition(pipe, zoo.conditions.edges(zoo.held_out(count).images))
+
+
+def hints_for(adapter, pipe, count):
+    adapter.set_condition(zoo.conditions.edges(zoo.held_out(count).images))
 
 
 def control_for(adapter, pipe, count):
@@ -52,6 +68,7 @@ def pictures_for(kind):
 # What an adapter needs besides its weights, by the start of the file's name.
 CONDITIONS = {
     "easycontrol-edge": edges_for,
+    "csc-edges": hints_for,
     "ctrl-adapter": control_for,
     "unicon-depth": pictures_for(zoo.conditions.depth),
     "unicon-edge": pictures_for(zoo.conditions.outlines),
@@ -65,17 +82,17 @@ def give_condition(name, adapter, pipe, count=2):
             give(adapter, pipe, count)
 
 
-def load(record, name, pipe):
-    adapter = record.public.from_pretrained(zoo.adapter_file(name))
+def load(public, name, pipe):
+    adapter = public.from_pretrained(zoo.adapter_file(name))
     give_condition(name, adapter, pipe)
     return adapter
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case[1])
 def case(request):
-    record, name = request.param
+    public, name = request.param
     pipe = zoo.load(model_of(name))
-    return record, name, pipe, load(record, name, pipe)
+    return public, name, pipe, load(public, name, pipe)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +116,8 @@ def traces(pipe):
 
 
 def test_every_adapter_ships_weights():
-    assert {record.slug for record, _ in CASES} == {record.slug for record in RECORDS}
+    """Those of the catalogue, and with them all other adapters of the package."""
+    assert {record.public for record in RECORDS} <= set(CLASSES.values()) == {public for public, _ in CASES}
 
 
 def test_it_works_and_comes_off_without_a_trace(case):
@@ -130,29 +148,29 @@ def test_a_batch_equals_its_singles(case, guidance):
 
 
 def test_half_precision(case):
-    record, name, *_ = case
+    public, name, *_ = case
     half = zoo.load(model_of(name), torch.bfloat16)
     plain = draw(half)
-    with load(record, name, half).attach(half):
+    with load(public, name, half).attach(half):
         drawn = draw(half)
     assert torch.isfinite(drawn).all() and not torch.equal(drawn, plain)
 
 
 def test_saved_and_loaded_weights_draw_the_same(case, tmp_path):
-    record, name, pipe, adapter = case
+    public, name, pipe, adapter = case
     with adapter.attach(pipe):
         first = draw(pipe)
     copy = zoo.adapter_file(name).read_bytes()
     # Attaching moved the weights to the model's precision; the file keeps what it was saved in.
-    fresh = record.public.from_pretrained(zoo.adapter_file(name))
+    fresh = public.from_pretrained(zoo.adapter_file(name))
     assert fresh.save_file(tmp_path / "again.safetensors").read_bytes() == copy
     folder = tmp_path / "folder"
     fresh.save_pretrained(folder)
     for path in (tmp_path / "again.safetensors", folder):
-        again = record.public.from_pretrained(path)
+        again = public.from_pretrained(path)
         state = fresh.state_dict()
         assert all(torch.equal(value.to(state[key].dtype), state[key]) for key, value in again.state_dict().items())
-    again = load(record, name, pipe)
+    again = load(public, name, pipe)
     with again.attach(pipe):
         assert torch.equal(draw(pipe), first)
 
@@ -221,10 +239,10 @@ def test_beside_every_cache(case):
 
 def test_pairs_do_not_depend_on_the_order(case):
     _, name, pipe, adapter = case
-    for record, other_name in CASES:
+    for public, other_name in CASES:
         if other_name <= name or model_of(other_name) != model_of(name):
             continue
-        other = load(record, other_name, pipe)
+        other = load(public, other_name, pipe)
         with adapter.attach(pipe), other.attach(pipe):
             one = draw(pipe)
         with other.attach(pipe), adapter.attach(pipe):
