@@ -202,7 +202,7 @@ class Solver:
         """The sample at node i again, now that f there is known, from the node before."""
         o = self.options
         order = history.order + 1 if o.c_pseudo else history.order
-        if not o.use_corrector or o.solver_order < 2 or order < 2 or (o.half_corrector and not self.early[i]):
+        if not o.use_corrector or order < 2 or (o.half_corrector and not self.early[i]):
             return x
         places = _distinct(indices, (1, 0, *range(2, len(indices))), order)
         return self._apply(history.x, indices, fs, places, indices[0], o.c_pseudo) if len(places) > 1 else x
