@@ -248,8 +248,8 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
     Args:
         solver_order: 2 is the only order there is.
         skip_type: Where the steps are: `"logSNR"` (the authors', for EDM models of pixels), `"time_uniform"`,
-            `"time_quadratic"`, `"edm"`, or None: `"logSNR"` for EDM models, and for all others what their own
-            configuration says (`timestep_spacing` and so on), which is better for guided latent models.
+            `"time_quadratic"`, `"edm"`, or None: what the model's own configuration says (`timestep_spacing` and so
+            on), which is better for guided latent models.
         final: Last step of the solver: `"ddim"`, or `"official"`, the released code's, which shrinks the sample by
             1 - sqrt(sigma sigma') and is made for EDM models that end at sigma 0.002.
         denoise_to_zero: Spend the last call on the clean prediction at the lowest noise level and return it, as the
@@ -284,7 +284,7 @@ class EVODiffMultistepScheduler(NoiseLevelScheduler):
 
     def _choose(self, steps, sigmas, timesteps, mu) -> tuple[torch.Tensor, torch.Tensor]:
         log_snr, times = super()._choose(steps, sigmas, timesteps, mu)
-        skip_type = self.config.skip_type or ("logSNR" if self.noise_schedule.family == "edm" else None)
+        skip_type = self.config.skip_type
         if sigmas is None and timesteps is None and len(times) < 3:
             raise ValueError(f"EVODiff needs at least 3 steps, got {len(times)}")
         if sigmas is None and timesteps is None and skip_type is not None:
