@@ -53,19 +53,27 @@ class Formula:
     def order(self) -> int:
         return len(self.derivatives) + 1
 
-    def corrected(self) -> Formula:
+    def corrected(self, relaxation: str | None = None) -> Formula:
         """The corrector: the same step again, one order higher, with the point it led to (now -1) among the points."""
-        moved = [Derivative((*(p - 1 for p in d.points), -1)) for d in self.derivatives]
-        last = moved[-1] if moved else Derivative(())
-        return Formula(self.prediction, self.start - 1, (*moved, last if moved else Derivative((-1,))))
+        points = [(*(p - 1 for p in d.points), -1) for d in self.derivatives] or [()]
+        first = Derivative(points[0] or (-1,), relaxation)
+        rest = [Derivative(p) for p in (*points[1:], points[-1])] if self.derivatives else []
+        return Formula(self.prediction, self.start - 1, (first, *rest))
 
 
 @dataclass(frozen=True)
 class Step:
-    """A predictor and whether its result is corrected: `"none"`, `"pseudo"` or `"implicit"` (one more call)."""
+    """A predictor and whether its result is corrected.
+
+    Args:
+        formula: The predictor.
+        corrector: `"none"`, `"pseudo"` or `"implicit"` (one more call).
+        relaxation: Factor on the corrector's first derivative, as in `Derivative`.
+    """
 
     formula: Formula
     corrector: str = "none"
+    relaxation: str | None = None
 
 
 def check_step(step: Step, i: int) -> None:
@@ -73,6 +81,7 @@ def check_step(step: Step, i: int) -> None:
     f, have = step.formula, i + 1
     _require(f.prediction in PREDICTIONS, i, f"prediction {f.prediction!r}; accepted: {', '.join(PREDICTIONS)}")
     _require(step.corrector in CORRECTORS, i, f"corrector {step.corrector!r}; accepted: {', '.join(CORRECTORS)}")
+    _require(step.relaxation in RELAXATIONS and step.relaxation != "linear", i, f"relaxation {step.relaxation!r}")
     _require(f.order <= MAX_ORDER, i, f"order {f.order}; at most {MAX_ORDER}")
     _require(f.order <= have, i, f"order {f.order}, but only {have} points are known then")
     _require(-have <= f.start <= -1, i, f"start point {f.start}; it lies between {-have} and -1")
@@ -156,7 +165,7 @@ class SolverSchedule:
             "prediction_types": [f"{_written(s.formula.prediction)}_prediction" for s in self.steps],
             "start_points": [s.formula.start for s in self.steps],
             "derivative_types": derivatives,
-            "corrector_types": [s.corrector for s in self.steps],
+            "corrector_types": [{"type": s.corrector, "relaxation": s.relaxation} for s in self.steps],
             "afs": self.afs,
             "average_x0": average,
         }
@@ -202,18 +211,30 @@ def _written(prediction: str) -> str:
 def _read_step(values: dict[str, Any], i: int) -> Step:
     order, kind = values["orders"][i], str(values["prediction_types"][i]).removesuffix("_prediction")
     kind = "v3" if kind == _V3 else kind
-    corrector = values["corrector_types"][i]
-    corrector = corrector.get("type") if isinstance(corrector, dict) else corrector
     listed = values["derivative_types"][i][: order - 1]
     _require(len(listed) == order - 1, i, f"order {order} with {len(listed)} derivatives")
     derivatives = []
     for d in listed:
-        points, relax = tuple(d["active_points"]), d.get("relaxation")
+        points = tuple(d["active_points"])
         _require(d["estimate"] == f"Difference_{len(points)}", i, f"{d['estimate']} with {len(points)} active points")
         coefficient = float(d.get("relaxation_coefficient") or 0.0)
-        derivatives.append(Derivative(points, None if relax == "no_relaxation" else relax, coefficient))
-    formula = Formula(kind, values["start_points"][i], tuple(derivatives))
-    return Step(formula, "none" if corrector in (None, "no_corrector") else corrector)
+        derivatives.append(Derivative(points, _read_relaxation(d), coefficient))
+    return Step(Formula(kind, values["start_points"][i], tuple(derivatives)), *_read_corrector(values, i))
+
+
+def _read_relaxation(derivative: dict[str, Any]) -> str | None:
+    kind = derivative.get("relaxation")
+    return None if kind == "no_relaxation" else kind
+
+
+def _read_corrector(values: dict[str, Any], i: int) -> tuple[str, str | None]:
+    """Type and relaxation of a corrector: a name, our dictionary, or the authors' with a `derivative_type`."""
+    written = values["corrector_types"][i]
+    written = written if isinstance(written, dict) else {"type": written}
+    if written["type"] in (None, "none", "no_corrector"):
+        return "none", None
+    first = (written.get("derivative_type") or [written])[0]
+    return written["type"], _read_relaxation(first)
 
 
 def _multistep(prediction: str, order: int, relax: str | None, corrector: str = "none") -> Callable:
@@ -224,7 +245,9 @@ def _multistep(prediction: str, order: int, relax: str | None, corrector: str = 
             points = tuple(range(-2, -q - 1, -1))
             first = [Derivative(points, relax if q == 2 else None)] if q > 1 else []
             derivatives = (*first, *(Derivative(points) for _ in range(q - 2)))
-            steps.append(Step(Formula(prediction, -1, derivatives), corrector if i < n - 1 else "none"))
+            formula = Formula(prediction, -1, derivatives)
+            corrected = corrector != "none" and i < n - 1
+            steps.append(Step(formula, corrector, None if q > 1 else relax) if corrected else Step(formula))
         return steps
 
     return build

@@ -263,4 +263,5 @@ class SolverScheduleSearch:
             formula = replace(formula, prediction=self._random.choices(self.predictions, odds)[0])
         if roll():
             corrector = self._random.choice(["none", "pseudo"])
-        return Step(formula, "none" if i == n - 1 else corrector)
+        corrector = "none" if i == n - 1 else corrector
+        return Step(formula, corrector, None if corrector == "none" else step.relaxation)

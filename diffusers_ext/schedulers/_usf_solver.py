@@ -220,7 +220,7 @@ class Solver:
         n = len(self.steps)
         self._predictors = [self._compile(step.formula, i, i + 1) for i, step in enumerate(self.steps)]
         self._correctors = [
-            None if step.corrector == "none" else self._compile(step.formula.corrected(), i + 1, i + 1)
+            None if step.corrector == "none" else self._compile(step.formula.corrected(step.relaxation), i + 1, i + 1)
             for i, step in enumerate(self.steps)
         ]
         self.calls: list[int] = []

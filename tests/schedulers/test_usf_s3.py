@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from diffusers_ext import EMS, SolverSchedule, SolverScheduleSearch, USFScheduler, solve_usf, zoo
 from diffusers_ext.schedulers import dpm_solver_v3
@@ -92,20 +92,43 @@ def test_presets_are_the_published_solvers(preset, published):
     assert (run(levels, preset_steps(preset, 8, to_clean=False), x) - published(levels, x)).abs().max() < 1e-8
 
 
-@pytest.mark.parametrize("steps", [5, 10])
-@pytest.mark.parametrize("upstream, preset", [(DPMSolverMultistepScheduler, "dpmpp_2m"), (DDIMScheduler, "ddim")])
-def test_scheduler_agrees_with_diffusers(upstream, preset, steps):
-    options = {"timestep_spacing": "trailing", "beta_schedule": "linear"}
-    theirs = upstream(**options, **({"clip_sample": False} if preset == "ddim" else {"lower_order_final": True}))
-    ours = USFScheduler(preset=preset, beta_schedule="linear")
+@pytest.mark.parametrize("steps", [5, 8, 10, 20])
+@pytest.mark.parametrize(
+    "preset, upstream, options",
+    [
+        ("dpmpp_2m", DPMSolverMultistepScheduler, {}),
+        ("unipc_bh2", UniPCMultistepScheduler, {}),
+        ("unipc_bh2", UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
+        ("unipc_bh1", UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min", "solver_type": "bh1"}),
+    ],
+)
+def test_scheduler_agrees_with_diffusers(preset, upstream, options, steps):
+    theirs = upstream(timestep_spacing="trailing", beta_schedule="linear", **options)
+    end = options.get("final_sigmas_type", "zero")
+    ours = USFScheduler(preset=preset, beta_schedule="linear", final_sigmas_type=end)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(steps)
+    theirs.sigmas = torch.tensor([s / a for a, s in ours._levels], dtype=torch.float64)  # its own are float32
     ends = []
     for scheduler in (theirs, ours):
-        model, x = AnalyticDenoiser(MIXTURE, LINEAR), noise().float()
-        scheduler.set_timesteps(steps)
+        model, x = AnalyticDenoiser(MIXTURE, LINEAR), noise()
+        for here, t in zip(ours.timesteps, scheduler.timesteps):
+            x = scheduler.step(model(x, here), t, x).prev_sample
+        ends.append(x)
+    limit = 1e-6 if preset == "dpmpp_2m" else 1e-12  # diffusers' DPM-Solver++ steps in float32
+    assert (ends[0] - ends[1]).abs().max() < limit * ends[0].abs().max()
+
+
+def test_ddim_agrees_with_diffusers():
+    theirs = DDIMScheduler(timestep_spacing="trailing", beta_schedule="linear", clip_sample=False)
+    ours, ends = USFScheduler(preset="ddim", beta_schedule="linear"), []
+    for scheduler in (theirs, ours):
+        model, x = AnalyticDenoiser(MIXTURE, LINEAR), noise()
+        scheduler.set_timesteps(10)
         for t in scheduler.timesteps:
             x = scheduler.step(model(x, t), t, x).prev_sample
         ends.append(x)
-    assert (ends[0] - ends[1]).abs().max() < 2e-3  # diffusers keeps its table in float32
+    assert (ends[0] - ends[1]).abs().max() < 1e-6 * ends[0].abs().max()
 
 
 @functools.cache
@@ -214,6 +237,18 @@ def test_authors_names_are_read():
     assert SolverSchedule.from_dict(values) == USFScheduler().preset_schedule(3, "dpmpp_2m")
 
 
+def test_a_correctors_relaxation_is_kept_and_read_from_authors_files():
+    ours = USFScheduler().preset_schedule(3, "unipc_bh2")
+    assert SolverSchedule.from_dict(json.loads(json.dumps(ours.to_dict()))) == ours
+    derivative = {"estimate": "Difference_1", "active_points": [-1], "relaxation": "unipc-bh2"}
+    theirs = {"type": "pseudo", "start_point": -2, "taylor_order": 2, "derivative_type": [derivative]}
+    values = ours.to_dict()
+    assert SolverSchedule.from_dict({**values, "corrector_types": [theirs, *values["corrector_types"][1:]]}) == ours
+    derivative["relaxation"] = "no_relaxation"
+    read = SolverSchedule.from_dict({**values, "corrector_types": [theirs, *values["corrector_types"][1:]]})
+    assert read.steps[0].relaxation is None and read.steps[1:] == ours.steps[1:]
+
+
 def broken(**changes) -> dict:
     return {**json.loads(json.dumps(USFScheduler().preset_schedule(4, "dpmpp_2m").to_dict())), **changes}
 
@@ -237,6 +272,7 @@ DERIVATIVE = {"estimate": "Difference_1", "active_points": [-2], "relaxation": N
         ({"skip_coefficients": [0.9, 1.0]}, "skip coefficients"),
         ({"afs": "average_x0"}, "average_x0"),
         ({"corrector_types": ["none", "none", "none", "pseudo"]}, "step 3"),
+        ({"corrector_types": [{"type": "pseudo", "relaxation": "strong"}, "none", "none", "none"]}, "step 0"),
     ],
 )
 def test_invalid_schedules(changes, message):
