@@ -6,18 +6,19 @@ diffusers' own first-block cache for transformers.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import diffusers_ext
+from benchmarks import _real_size as real
 from benchmarks._common import picture_grid
 from diffusers_ext import zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
@@ -29,7 +30,24 @@ THRESHOLDS = (0.1, 0.2, 0.4)
 RATIOS = (0.75, 0.5, 0.25)
 # What fits a wall clock on one processor: PixArt-alpha's blocks at half their width, a quarter of its tokens.
 SMALL_PIXART = {"num_layers": 4, "attention_head_dim": 36, "cross_attention_dim": 576, "sample_size": 64}
+UNET = "SD 1.5 size, random weights"
+TRANSFORMER_STEPS = {"PixArt-alpha": 20, "Stable Diffusion 3": 28}
+ALTERNATING = (real.FULL, real.CHEAP) * 2
 COLUMNS = ["Model", "Setting", "MACs", "Time", "PSNR to uncached", "Judge: all attributes"]
+
+
+UNET_NOTES = (
+    " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1, UNet calls only, float32. Two full and two "
+    "cheap calls of the method, each timed beside a plain call; whole runs computed from them and their operations "
+    "counted on the meta device."
+)
+TRANSFORMER_NOTES = (
+    " PixArt-alpha and Stable Diffusion 3 medium size: random weights, 128 x 128 latents (4096 tokens, and 333 of "
+    "text in Stable Diffusion 3), 20 and 28 steps, float32. Operations of whole runs on the meta device; time of two "
+    "full and two cheap steps, each beside a plain one, on 8 of 28 and 4 of 24 blocks, whole runs computed from them. "
+    "PixArt blocks: 4 layers 576 wide, 64 x 64 latents (1024 tokens), otherwise the same; where the peer decides by "
+    "its threshold, random weights decide what it skips: compare Time with MACs."
+)
 
 
 @dataclass(frozen=True)
@@ -215,28 +233,6 @@ def zoo_rows(
         yield [name, setting.name, f"{macs:.3f}", str(timing), f"{psnr:.2f} dB", judged(images)]
 
 
-def _stable_diffusion(device: str) -> tuple[Any, Callable[[], None]]:
-    """Stable Diffusion 1.5's UNet with random weights (operations and time do not depend on them), and a call of it.
-
-    Every call is the next timestep of a run on 64 x 64 latents, batch 1.
-    """
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False)
-        latents, text = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
-    pipe = SimpleNamespace(unet=unet, scheduler=DDIMScheduler())
-    pipe.scheduler.set_timesteps(50)
-    timesteps = iter(pipe.scheduler.timesteps)
-
-    @torch.no_grad()
-    def call() -> None:
-        unet(latents, next(timesteps), encoder_hidden_states=text, return_dict=False)
-
-    return pipe, call
-
-
 def real_size_rows(record: MethodRecord, extra: Sequence[Setting] = ()) -> Iterator[list[Any]]:
     """Rows on a UNet of Stable Diffusion 1.5's size.
 
@@ -246,68 +242,60 @@ def real_size_rows(record: MethodRecord, extra: Sequence[Setting] = ()) -> Itera
     for setting in (*settings_of(record), *extra):
         if "N = 2" not in setting.name:
             continue
-        pipe, call = _stable_diffusion("meta")
-        with setting.turned_on(pipe):
-            full, shallow = count_macs(call), count_macs(call)
-        pipe, call = _stable_diffusion("cpu")
-        with setting.turned_on(pipe):
-            timing = paired_ratio(call, call, pairs=1, warmup=1, clock=time.process_time)
+        full, shallow = real.macs_of_steps(real.stable_diffusion("meta"), setting.turned_on, 2)
+        times = real.timed(real.stable_diffusion("cpu"), setting.turned_on, ALTERNATING)
         for n in INTERVALS:
             name = setting.name.replace("N = 2", f"N = {n}")
-            macs, seconds = ((1 + (n - 1) * share) / n for share in (shallow / full, timing.ratio))
-            yield ["SD 1.5 size, random weights", name, f"{macs:.3f}", f"{seconds:.3f}", "", ""]
+            yield [UNET, name, *real.of_a_run([full, *[shallow] * (n - 1)], times), "", ""]
 
 
 def key_step_rows(record: MethodRecord) -> Iterator[list[Any]]:
-    """MACs of runs on a UNet of Stable Diffusion 1.5's size, from one call at a key step and one in between."""
-    pipe, call = _stable_diffusion("meta")
-    total = len(pipe.scheduler.timesteps)
-    with diffusers_ext.apply(pipe, record.public(key_steps=total)):
-        full, reused = count_macs(call), count_macs(call)
+    """A run of 50 steps on a UNet of Stable Diffusion 1.5's size, from calls at a key step and in between."""
+    total, half = 50, record.public(key_steps=2)
+    full, reused = real.macs_of_steps(real.stable_diffusion("meta"), lambda p: diffusers_ext.apply(p, half), 2)
+    times = real.timed(real.stable_diffusion("cpu"), lambda p: diffusers_ext.apply(p, half), ALTERNATING)
     for name, config in _configs(record).items():
-        keys = sum(config.is_key_step(i, total) for i in range(total))
-        share = (keys + (total - keys) * reused / full) / total
-        yield ["SD 1.5 size, random weights", name, f"{share:.3f}", "", "", ""]
-
-
-def _pixart(device: str, sample_size: int = 128, **changes: int) -> tuple[Any, Callable[[], None]]:
-    """PixArt-alpha's transformer with random weights, and a run of 20 steps on one picture."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = PixArtTransformer2DModel(
-            sample_size=sample_size, caption_channels=4096, use_additional_conditions=False, **changes
-        )
-        noise, text = torch.randn(1, 4, sample_size, sample_size), torch.randn(1, 120, 4096)
-    model.eval().requires_grad_(False)
-    # Caches read the timestep, which has no value on the meta device: it gets there inside of the model.
-    model.adaln_single.register_forward_pre_hook(lambda _, args: (args[0].to(device), *args[1:]))
-    pipe = SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler())
-
-    @torch.no_grad()
-    def run() -> None:
-        latents = noise
-        pipe.scheduler.set_timesteps(20)
-        for t in pipe.scheduler.timesteps:
-            velocity = model(latents, text, timestep=t.expand(1), return_dict=False)[0].chunk(2, 1)[0]
-            latents = pipe.scheduler.step(velocity, t, latents, return_dict=False)[0]
-
-    return pipe, run
+        macs = [full if config.is_key_step(i, total) else reused for i in range(total)]
+        yield [UNET, name, *real.of_a_run(macs, times), "", ""]
 
 
 def transformer_rows(record: MethodRecord) -> Iterator[list[Any]]:
-    """A transformer of PixArt-alpha's size on the meta device, and a smaller one on the clock, beside the peer."""
-    pipe, run = _pixart("meta")
-    for name, config in _configs(record).items():
-        share = _ratio_of_macs(run, lambda config=config: diffusers_ext.apply(pipe, config))
-        yield ["PixArt-alpha size, random weights", name, f"{share:.3f}", "", "", ""]
-    pipe, run = _pixart("cpu", **SMALL_PIXART)
+    """Transformers of real size: operations of whole runs on the meta device, time of a full and of a cheap step."""
+    configs = _configs(record)
+    if record.slug == "ras":  # to the strength that the paper's largest gain was made with
+        configs["12.5% of tokens"] = record.public(sample_ratio=0.125)
+    for name, steps in TRANSFORMER_STEPS.items():
+        for setting, config in configs.items():
+            yield [f"{name} size, random weights", setting, *real_transformer(name, config, steps), "", ""]
+
+
+def real_transformer(name: str, config: Any, steps: int) -> tuple[str, str]:
+    """Shares of operations and time of a run on a transformer of `real.TRANSFORMERS`."""
+    macs = real.macs_of_steps(real.TRANSFORMERS[name]("meta"), lambda p: diffusers_ext.apply(p, config), steps)
+    return real.of_a_run(macs, _times(name, _short(config)))
+
+
+def _short(config: Any) -> Any:
+    """The same full and cheap steps in turn, from the first step on."""
+    if hasattr(config, "sample_ratio"):
+        return replace(config, start_step=1, error_reset_steps=(2,))
+    return replace(config, **{"num_updates" if hasattr(config, "num_updates") else "cache_interval": 2})
+
+
+@functools.cache
+def _times(name: str, config: Any) -> dict[str, float]:
+    denoiser = real.TRANSFORMERS[name]("cpu", num_layers=real.TIMED_BLOCKS[name])
+    return real.timed(denoiser, lambda pipe: diffusers_ext.apply(pipe, config), ALTERNATING)
+
+
+def small_rows(record: MethodRecord) -> Iterator[list[Any]]:
+    """Whole runs of 20 steps on a smaller transformer, beside the peer."""
+    denoiser = real.pixart("cpu", **SMALL_PIXART)
     for setting in settings_of(record):
         if setting.turned_on in (_random_tokens, _every_other_output):
             continue
-        macs = _ratio_of_macs(run, lambda s=setting: s.turned_on(pipe))
-        timing = _time_ratio(run, lambda s=setting: s.turned_on(pipe), pairs=2)
+        macs = _ratio_of_macs(lambda: denoiser.run(20), lambda s=setting: s.turned_on(denoiser.pipe))
+        timing = _time_ratio(lambda: denoiser.run(20), lambda s=setting: s.turned_on(denoiser.pipe), pairs=2)
         yield ["PixArt blocks, random weights", setting.name, f"{macs:.3f}", str(timing), "", ""]
 
 
@@ -333,24 +321,12 @@ def bench(
         f"pipeline calls with {size.timed_pictures} pictures and {size.timed_steps} steps. MACs and Time are shares "
         "of the uncached run; time is processor time, the median of interleaved pairs with their smallest and largest."
     )
-    if "key_steps" in record.public.__dataclass_fields__:
-        rows += key_step_rows(record)
-        notes += (
-            " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1; MACs of one call with and one "
-            "without the encoder on the meta device, a run of 50 steps computed from them."
-        )
-    elif "unet" in record.targets:
-        rows += real_size_rows(record, extra)
-        notes += (
-            " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1, UNet calls only; one full and one "
-            "shallow call measured after a warm-up of both, intervals computed from them."
-        )
+    if "unet" in record.targets:
+        key_steps = "key_steps" in record.public.__dataclass_fields__
+        rows += key_step_rows(record) if key_steps else real_size_rows(record, extra)
+        notes += UNET_NOTES
     else:
-        rows += transformer_rows(record)
-        notes += (
-            " PixArt-alpha size: random weights, 128 x 128 latents, 20 steps. PixArt blocks: 4 "
-            "layers 576 wide, 64 x 64 latents (1024 tokens), otherwise the same; where the peer "
-            "decides by its threshold, random weights decide what it skips: compare Time with MACs."
-        )
+        rows += [*transformer_rows(record), *small_rows(record)]
+        notes += TRANSFORMER_NOTES
     picture = picture_grid(pictures, out_dir / f"{record.slug}.png")
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": picture}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -53,10 +54,13 @@ SDXL = {
     "cross_attention_dim": 2048,
     "use_linear_projection": True,
 }
+SD15, SDXL_SIZE = "SD 1.5 size, random weights", "SDXL size, random weights"
 REAL_SIZES = [
-    ("SD 1.5 size, random weights", {"sample_size": 64, "cross_attention_dim": 768}, (1024, 2048)),
-    ("SDXL size, random weights", {"sample_size": 128, **SDXL}, (2048, 4096)),
+    (SD15, {"sample_size": 64, "cross_attention_dim": 768}, (1024, 2048)),
+    (SDXL_SIZE, {"sample_size": 128, **SDXL}, (2048, 4096)),
 ]
+# What is put on the clock, and its numbers: SDXL in float32 does not leave a small machine enough memory.
+TIMED = {(SD15, 1024): torch.float32, (SDXL_SIZE, 2048): torch.bfloat16}
 
 
 def single_objects(count: int) -> tuple[list[str], torch.Tensor]:
@@ -115,33 +119,67 @@ def timed(pipe: Any, config: HiDiffusionConfig, draw: Any) -> None:
 
 
 def real_size_rows():
-    """MACs of 50 steps on UNets of real size, from one call of every kind on the meta device."""
+    """A run of 50 steps on UNets of real size, from one call of every kind: operations, and time where it fits."""
     for name, config, sizes in REAL_SIZES:
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
-            text = torch.zeros(1, 77, config["cross_attention_dim"])
-        place = placement_of(unet)
         for size in sizes:
-            x = torch.zeros(1, 4, size // 8, size // 8, device="meta")
+            unet, x, text = real_unet(config, size, "meta")
+            place = placement_of(unet)
             plan = HiDiffusionConfig().plan_for(unet, place, x.shape[-2:], 50)
             kinds = Counter(plan.at(step) for step in range(50))
             macs = {kind: call_macs(unet, x, text, place, kind) for kind in (Active(), *kinds)}
             share = sum(n * macs[kind] for kind, n in kinds.items()) / (50 * macs[Active()])
-            yield [name, f"{size} x {size}", "paper's values", f"{share:.3f}", "", "", "", ""]
+            timing = ""
+            if (name, size) in TIMED:
+                times = call_times(*real_unet(config, size, "cpu", TIMED[name, size]), place, kinds)
+                timing = f"{sum(n * times[kind] for kind, n in kinds.items()) / 50:.3f}"
+            yield [name, f"{size} x {size}", "paper's values", f"{share:.3f}", timing, "", "", ""]
 
 
-def call_macs(unet: Any, x: torch.Tensor, text: torch.Tensor, place: Any, kind: Active) -> int:
-    """MACs of one call in which these parts act."""
+def real_unet(config: dict, size: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """A UNet with random weights, latents of a picture of this size, and text."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
+            return unet, torch.randn(1, 4, size // 8, size // 8), torch.randn(1, 77, config["cross_attention_dim"])
+    finally:
+        torch.set_default_dtype(default)
+
+
+def acting(kind: Active, place: Any) -> HiDiffusionConfig:
+    """The config with which every call is of this kind."""
     first, second = (kind.pool, kind.conv) if place.pool_is_first else (kind.conv, kind.pool)
-    config = HiDiffusionConfig(
+    return HiDiffusionConfig(
         windows=kind.windows > 1,
         t1_ratio=float(first),
         t2_ratio=float(second),
         aggressive=False,
         num_inference_steps=50,
     )
-    with diffusers_ext.apply(unet, config):
+
+
+def call_macs(unet: Any, x: torch.Tensor, text: torch.Tensor, place: Any, kind: Active) -> int:
+    """MACs of one call in which these parts act."""
+    with diffusers_ext.apply(unet, acting(kind, place)):
         return count_macs(unet, x, torch.tensor(999), text)
+
+
+@torch.no_grad()
+def call_times(unet: Any, x: torch.Tensor, text: torch.Tensor, place: Any, kinds: Any) -> dict[Active, float]:
+    """Processor time of one call of every kind over that of a plain call just before it."""
+
+    def plain(latents: torch.Tensor = x) -> None:
+        unet(latents, torch.tensor(999), text)
+
+    def changed(kind: Active) -> None:
+        with diffusers_ext.apply(unet, acting(kind, place)):
+            plain()
+
+    plain(x[..., : x.shape[-2] // 4, : x.shape[-1] // 4])  # a small call makes ready what the first one would
+    run = functools.partial(paired_ratio, baseline=plain, pairs=1, warmup=0, clock=time.process_time)
+    return {kind: run(functools.partial(changed, kind)).ratio for kind in kinds}
 
 
 def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
@@ -153,7 +191,8 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
         "256 x 256), 20 steps, guidance 3. Objects are areas of more than 163 pixels that differ from the border; the "
         "judge reads pictures scaled down to the trained size. MACs and time: whole pipeline calls, one picture, 10 "
         "steps, as shares of the plain run; processor time, median of three interleaved pairs with smallest and "
-        "largest. UNets of real size: 50 steps, computed from one call of every kind on the meta device. The package "
+        "largest. UNets of real size: 50 steps, computed from one call of every kind: operations on the meta device, "
+        "processor time beside a plain call (Stable Diffusion 1.5 in float32, SDXL in bfloat16). The package "
         "hidiffusion 0.1.10 does not import with this diffusers, so there is no peer in this table."
     )
     return {

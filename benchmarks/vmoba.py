@@ -7,6 +7,7 @@ choice does to pictures, Wan's layers with random weights what they cost.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ COLUMNS = ["Layers", "Setting", "Blocks kept", "MACs", "Time", "Off by"]
 THRESHOLDS = (0.75, 0.5, 0.25)
 PICTURES, STEPS, SIZE = 4, 10, 128
 GRID = (16, 16, 16)
+# Frames, height and width in tokens; the last is 81 frames of 480 x 832 pixels.
+VIDEOS = {
+    "4096 tokens": (16, 16, 16),
+    "16384 tokens": (16, 32, 32),
+    "32760 tokens (81 frames, 480 x 832)": (21, 30, 52),
+}
 
 
 def planted(blocks: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,8 +76,8 @@ def attention_rows() -> list[list[Any]]:
     return [["attention alone, planted blocks, 4096 tokens", *row] for row in rows]
 
 
-def wan_rows() -> list[list[Any]]:
-    """A layer of Wan 2.1 1.3B's size with random weights, one call on 4096 tokens."""
+def wan_rows() -> Iterator[list[Any]]:
+    """A layer of Wan 2.1 1.3B's size with random weights, one call on videos of rising length."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -78,25 +85,32 @@ def wan_rows() -> list[list[Any]]:
         num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1, text_dim=64
     )
     model.eval().requires_grad_(False)
-    latents, text = torch.randn(1, 16, 16, 32, 32), torch.randn(1, 16, 64)
+    config, text = VMoBAConfig(full_attention_first_steps=0), torch.randn(1, 16, 64)
+    for name, (frames, height, width) in VIDEOS.items():
+        run = _call(model, torch.randn(1, 16, frames, 2 * height, 2 * width), text)
+        plain = count_macs(run)
+        with diffusers_ext.apply(model, config) as handle:
+            macs = count_macs(run)
+            kept = list(handle.summary()["vmoba"]["kept"].values())
+        timing = paired_ratio(_under(model, config, run), run, pairs=1, warmup=0, clock=time.process_time)
+        row = [f"threshold {config.threshold:g}", f"{sum(kept):.3f}", f"{macs / plain:.3f}", f"{timing.ratio:.3f}"]
+        yield [f"Wan 1.3B size, one layer, random weights, {name}", *row, ""]
 
+
+def _call(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) -> Callable[[], None]:
     @torch.no_grad()
     def run() -> None:
         model(latents, torch.tensor([500]), text, return_dict=False)
 
-    plain = count_macs(run)
-    config = VMoBAConfig(full_attention_first_steps=0)
-    with diffusers_ext.apply(model, config) as handle:
-        macs = count_macs(run)
-        kept = list(handle.summary()["vmoba"]["kept"].values())
+    return run
 
+
+def _under(model: torch.nn.Module, config: VMoBAConfig, run: Callable[[], None]) -> Callable[[], None]:
     def sparse() -> None:
         with diffusers_ext.apply(model, config):
             run()
 
-    timing = paired_ratio(sparse, run, pairs=1, warmup=1, clock=time.process_time)
-    row = [f"threshold {config.threshold:g}", f"{sum(kept):.3f}", f"{macs / plain:.3f}", str(timing), ""]
-    return [["Wan 1.3B size, one layer, random weights, 4096 tokens", *row]]
+    return sparse
 
 
 def picture_rows(pictures: dict[str, torch.Tensor]) -> list[list[Any]]:
