@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
@@ -106,21 +107,20 @@ class _Regressions:
     """
 
     def __init__(self, x: torch.Tensor, e: torch.Tensor, ridge: float):
-        columns = torch.cat([x.flatten(1), e.flatten(1)]).double().T
+        columns = torch.cat([x.flatten(1), e.flatten(1)]).double().T.numpy()
         self.equations, self.ridge, self.m = len(columns), ridge, len(e)
-        small = columns if len(columns) <= columns.shape[1] else torch.linalg.qr(columns, mode="r").R
+        small = columns if len(columns) <= columns.shape[1] else np.linalg.qr(columns, mode="r")
         self.x, self.e = small[:, : self.m + 1], small[:, self.m + 1 :]
 
-    def solve(self, start: int, outputs: Sequence[int], target: int) -> tuple[torch.Tensor, float, torch.Tensor]:
-        """Coefficients of state `start` and of `outputs` for state `target`, mean squared error, regressors."""
-        a, y = torch.cat([self.x[:, start : start + 1], self.e[:, list(outputs)]], 1), self.x[:, target]
-        damped, goal = a, y
-        if self.ridge > 0:
-            n = a.shape[1]
-            damped = torch.cat([a, (self.ridge * self.equations) ** 0.5 * torch.eye(n, dtype=a.dtype)])
-            goal = torch.cat([y, y.new_zeros(n)])
-        w = torch.linalg.lstsq(damped, goal[:, None], rcond=_DEPENDENT).solution[:, 0]
-        return w, ((a @ w - y).square().sum() / self.equations).item(), damped
+    def solve(self, start: int, outputs: Sequence[int], target: int) -> tuple[np.ndarray, float, float]:
+        """Coefficients of state `start` and of `outputs` for state `target`, mean squared error, condition number."""
+        a, y = np.column_stack([self.x[:, start], self.e[:, list(outputs)]]), self.x[:, target]
+        damping = (self.ridge * self.equations) ** 0.5 * np.eye(a.shape[1])
+        damped, goal = np.concatenate([a, damping]), np.concatenate([y, np.zeros(a.shape[1])])
+        lengths = np.linalg.norm(damped, axis=0).clip(min=1e-300)
+        w, _, _, values = np.linalg.lstsq(damped / lengths, goal, rcond=_DEPENDENT)
+        w = w / lengths
+        return w, float(np.square(a @ w - y).sum() / self.equations), float(values[0] / values[-1].clip(min=1e-300))
 
 
 def uniform_path(m: int, k: int) -> list[int]:
@@ -215,10 +215,9 @@ def fit_olss(
     visited = uniform_path(m, k) if path == "uniform" else search_path(regressions, k, max_error, iterations, progress)
     wx, we, errors, condition = [], [], [], 1.0
     for i, target in enumerate([*visited[1:], m]):
-        w, error, used = regressions.solve(0, visited[: i + 1], target)
-        values = torch.linalg.svdvals(used / used.norm(dim=0).clamp(min=1e-300))
-        condition = max(condition, (values[0] / values[-1].clamp(min=1e-300)).item())
-        wx.append(w[0].item())
+        w, error, spread = regressions.solve(0, visited[: i + 1], target)
+        condition = max(condition, spread)
+        wx.append(float(w[0]))
         we.append(tuple(w[1:].tolist()))
         errors.append(error)
     if condition > _ILL_CONDITIONED:
