@@ -300,6 +300,8 @@ class CtrlAdapterRouter(ModelMixin, ConfigMixin):
         self.down_blocks_router = nn.ModuleList(_Gate(num_experts, learned) for _ in range(num_routers))
         if add_mid_block_router:
             self.mid_block_router = _Gate(num_experts, learned)
+        # Equal weights have no parameters, and a pipeline asks every component where it is.
+        self.register_buffer("_place", torch.zeros(()), persistent=False)
 
     def weights(self, active: Sequence[bool] | None = None) -> torch.Tensor:
         """Weights `[locations, experts]`; every row sums to 1, experts that are not active have none."""
@@ -307,7 +309,7 @@ class CtrlAdapterRouter(ModelMixin, ConfigMixin):
         active = [True] * experts if active is None else list(active)
         if len(active) != experts or not any(active):
             raise ValueError(f"active is {active}: give {experts} truth values, at least one of them true")
-        like = next(self.parameters(), torch.zeros(1))
+        like = next(self.parameters(), self._place)
         gates = [*self.down_blocks_router, *([self.mid_block_router] if hasattr(self, "mid_block_router") else [])]
         logits = torch.stack([gate(like) for gate in gates])
         off = ~torch.tensor(active, device=logits.device)
