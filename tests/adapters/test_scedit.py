@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -350,7 +351,30 @@ class TestLearnt:
         with tuner.attach(shapes_unet):
             found = edges(draw(shapes_unet, 10, captions))
         assert edge_iou(found, wanted).mean() > 2 * edge_iou(free, wanted).mean()
+        assert edge_iou(found, wanted, 0).mean() > 3 * edge_iou(free, wanted, 0).mean()
         assert edge_f1(found, wanted).mean() > 0.5
+
+    def test_two_conditions_are_both_met(self, shapes_unet):
+        """Each tuner is given the outline of one object."""
+        scenes = zoo.held_out(40)
+        rows = ((scenes.specs[:, 1] == 0) & (scenes.specs[:, 2] >= zoo.world.ROW)).nonzero().flatten()[:8]
+        captions = [zoo.caption(spec, keep=()) for spec in scenes.specs[rows].tolist()]
+        wanted = [edges((scenes.masks[rows, k : k + 1] * 2 - 1).expand(-1, 3, -1, -1)) for k in (0, 1)]
+        tuners = [CSCTuner.from_pretrained(zoo.adapter_file("csc-edges-shapes-unet")) for _ in wanted]
+        for tuner, outline in zip(tuners, wanted):
+            tuner.set_condition(outline)
+
+        def met(*active):
+            """Share of each outline that is drawn, within a pixel."""
+            with contextlib.ExitStack() as attached:
+                for tuner in active:
+                    attached.enter_context(tuner.attach(shapes_unet))
+                found = edges(draw(shapes_unet, 8, captions))
+            near = torch.nn.functional.max_pool2d(found, 3, 1, 1)
+            return [((outline * near).sum() / outline.sum()).item() for outline in wanted]
+
+        first, second, both = met(tuners[0]), met(tuners[1]), met(*tuners)
+        assert min(both) > 0.9 and first[1] < 0.6 and second[0] < 0.6
 
 
 class TestBadInput:
