@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ._files import SavedFiles, check_name
+from ._inputs import name_input, seed_input
 from ._runs import run_options, standing_in
 
 
@@ -282,15 +283,8 @@ class DXBACCalibrate(io.ComfyNode):
                     tooltip="With shared off: this many volatile feed-forwards are also recomputed whenever a later "
                     "one is.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the noise.",
-                ),
-                io.String.Input("name", default="my-model", tooltip="File name without folder or extension."),
+                seed_input("Seed of the noise."),
+                name_input(),
             ],
             outputs=[SCHEDULE.Output(display_name="schedule", tooltip="For BAC Apply.")],
         )

@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ._files import SavedFiles, check_name
+from ._inputs import name_input
 
 
 EMSType = io.Custom("DX_EMS")
@@ -115,7 +116,7 @@ class DXSaveEMS(io.ComfyNode):
             search_aliases=["ems", "save statistics"],
             inputs=[
                 EMSType.Input("ems", tooltip="Statistics to save."),
-                io.String.Input("name", default="my-model", tooltip="File name without folder or extension."),
+                name_input(),
             ],
             outputs=[],
             is_output_node=True,

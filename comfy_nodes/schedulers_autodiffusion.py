@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ._files import SavedFiles, check_name
+from ._inputs import name_input, seed_input
 
 
 SCHEDULE = io.Custom("DX_SEARCHED_SCHEDULE")
@@ -192,15 +193,8 @@ class DXSearchSigmas(io.ComfyNode):
                     step=0.01,
                     tooltip="Largest share of the blocks left out at a step; 0 keeps all. UNet and Flux models only.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of noise and search.",
-                ),
-                io.String.Input("name", default="my-model", tooltip="File name without folder or extension."),
+                seed_input("Seed of noise and search."),
+                name_input(),
             ],
             outputs=[
                 io.Sigmas.Output(tooltip="The noise levels, for SamplerCustom."),

@@ -9,6 +9,8 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
+from ._inputs import seed_input
+
 
 CATEGORY = "diffusers-ext/schedulers"
 CHAIN = io.Custom("DX_DLG_CHAIN")
@@ -61,14 +63,7 @@ class DXDLGChainInit(io.ComfyNode):
             inputs=[
                 *_conditioning(),
                 io.Latent.Input("latent", tooltip="Empty latents; each of the batch is one chain. Take 4 or more."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of everything random, in DLG Sample too.",
-                ),
+                seed_input("Of everything random, in DLG Sample too."),
                 io.Float.Input(
                     "eta",
                     default=0.8,

@@ -9,32 +9,19 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
+from ._files import SavedFiles, check_name
+from ._inputs import name_input, seed_input
+
 
 OT_MAP = io.Custom("DX_OT_MAP")
 CATEGORY = "diffusers-ext/schedulers"
-NO_FILES = "none saved yet"
-
-
-def _folders() -> list[Path]:
-    import folder_paths
-
-    return [Path(place) / "ot_maps" for place in (folder_paths.models_dir, folder_paths.get_output_directory())]
-
-
-def _files() -> dict[str, Path]:
-    """Maps by file name; those in the models folder hide equal names in the output folder."""
-    return {path.name: path for folder in reversed(_folders()) for path in sorted(folder.glob("*.safetensors"))}
+FILES = SavedFiles("ot_maps", ".safetensors", "map")
 
 
 def _map(file: str, ot_map):
     from diffusers_ext import SemiDiscreteOT
 
-    if ot_map is not None:
-        return ot_map
-    path = _files().get(file)
-    if path is None:
-        raise ValueError(f"no map {file!r} in models/ot_maps or output/ot_maps: connect OT Fit")
-    return SemiDiscreteOT.load(path)
+    return SemiDiscreteOT.load(FILES.find(file)) if ot_map is None else ot_map
 
 
 def _sigma(sigmas: torch.Tensor, steps_left: int) -> torch.Tensor:
@@ -82,15 +69,8 @@ class DXOTFit(io.ComfyNode):
                     max=10000,
                     tooltip="At most; a good fit stops earlier.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the noise put on the latents and of the fit.",
-                ),
-                io.String.Input("name", default="my-prompt", tooltip="File name without folder or extension."),
+                seed_input("Seed of the noise put on the latents and of the fit.", largest=2**31 - 1),
+                name_input("my-prompt"),
             ],
             outputs=[OT_MAP.Output(display_name="ot_map", tooltip="For OT Start Latent.")],
         )
@@ -98,8 +78,7 @@ class DXOTFit(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name):
         """Only a plain file name: nothing is written outside the output folder."""
-        ok = name.strip() and Path(name).name == name and not name.startswith(".") and "\\" not in name
-        return bool(ok) or f"name is {name!r}: give a file name without folders"
+        return check_name(name)
 
     @classmethod
     def execute(cls, model, latents, sigmas, steps_left, iterations, seed, name) -> io.NodeOutput:
@@ -107,9 +86,9 @@ class DXOTFit(io.ComfyNode):
         from diffusers_ext.schedulers._start import native_level
 
         level = native_level(model.get_model_object("model_sampling"), _sigma(sigmas, steps_left))
-        clean, folder = model.model.process_latent_in(latents["samples"]), _folders()[1]
+        clean, path = model.model.process_latent_in(latents["samples"]), FILES.new(name)
         ot = SemiDiscreteOT.from_latents(clean, level, seed)
-        _fit(ot, iterations, seed, folder / f"{name}.unfinished").save(folder / f"{name}.safetensors")
+        _fit(ot, iterations, seed, path.with_suffix(".unfinished")).save(path)
         return io.NodeOutput(ot)
 
 
@@ -143,17 +122,10 @@ class DXOTStartLatent(io.ComfyNode):
                     tooltip="1: one stored latent for each picture. More: mixes of neighbours of one mode.",
                     advanced=True,
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 2,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the noise.",
-                ),
+                seed_input("Seed of the noise.", largest=2**63 - 2),
                 io.Combo.Input(
                     "file",
-                    options=[*_files()] or [NO_FILES],
+                    options=FILES.options(),
                     tooltip="Map of models/ot_maps or output/ot_maps; not used if ot_map is connected.",
                 ),
                 OT_MAP.Input("ot_map", optional=True, tooltip="From OT Fit, instead of a file."),

@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ._files import SavedFiles, check_name
+from ._inputs import name_input, seed_input
 
 
 COEFFICIENTS = io.Custom("DX_OLSS_COEFFS")
@@ -79,15 +80,8 @@ class DXOLSSFit(io.ComfyNode):
                     tooltip="Keeps coefficients small. 0 is the published fit, which can blow up from 10 steps on.",
                     advanced=True,
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the noise.",
-                ),
-                io.String.Input("name", default="my-model", tooltip="File name without folder or extension."),
+                seed_input("Seed of the noise."),
+                name_input(),
             ],
             outputs=[COEFFICIENTS.Output(display_name="coefficients", tooltip="For OLSS Sampler and OLSS Sigmas.")],
         )

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import comfy.sample
 from comfy_api.latest import io
+
+from ._files import SavedFiles, check_name
+from ._inputs import name_input
 
 
 STATS = io.Custom("DX_GAUSSIAN_STATS")
 CATEGORY = "diffusers-ext/schedulers"
-NO_FILES = "none saved yet"
-
-
-def _folders() -> list[Path]:
-    import folder_paths
-
-    places = (Path(folder_paths.models_dir), Path(folder_paths.get_output_directory()))
-    return [place / "gaussian_stats" for place in places]
-
-
-def _files() -> dict[str, Path]:
-    """Statistics by file name; those in the models folder hide equal names in the output folder."""
-    return {path.name: path for folder in reversed(_folders()) for path in sorted(folder.glob("*.safetensors"))}
+FILES = SavedFiles("gaussian_stats", ".safetensors", "statistics file")
 
 
 def _statistics(file: str, stats):
     from diffusers_ext import GaussianStatistics
 
-    if stats is not None:
-        return stats
-    path = _files().get(file)
-    if path is None:
-        raise ValueError(
-            f"no statistics {file!r} in models/gaussian_stats or output/gaussian_stats: connect Gaussian Stats From "
-            "Latents"
-        )
-    return GaussianStatistics.load(path)
+    return GaussianStatistics.load(FILES.find(file)) if stats is None else stats
 
 
 class DXGaussianStatsFromLatents(io.ComfyNode):
@@ -71,7 +52,7 @@ class DXGaussianStatsFromLatents(io.ComfyNode):
                     tooltip="Draws the variances towards their mean; for few latents.",
                     advanced=True,
                 ),
-                io.String.Input("name", default="my-prompt", tooltip="File name without folder or extension."),
+                name_input("my-prompt"),
             ],
             outputs=[STATS.Output(display_name="stats", tooltip="For Analytic Teleport.")],
         )
@@ -79,8 +60,7 @@ class DXGaussianStatsFromLatents(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name):
         """Only a plain file name: nothing is written outside the output folder."""
-        ok = name.strip() and Path(name).name == name and not name.startswith(".") and "\\" not in name
-        return bool(ok) or f"name is {name!r}: give a file name without folders"
+        return check_name(name)
 
     @classmethod
     def execute(cls, model, latents, rank, shrinkage, name) -> io.NodeOutput:
@@ -88,7 +68,7 @@ class DXGaussianStatsFromLatents(io.ComfyNode):
 
         scaled = model.model.process_latent_in(latents["samples"])
         stats = GaussianStatistics.from_latents(scaled, rank, shrinkage)
-        stats.save(_folders()[1] / f"{name}.safetensors")
+        stats.save(FILES.new(name))
         return io.NodeOutput(stats)
 
 
@@ -112,7 +92,7 @@ class DXAnalyticTeleport(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=[*_files()] or [NO_FILES],
+                    options=FILES.options(),
                     tooltip="Statistics of models/gaussian_stats or output/gaussian_stats; not used if stats is "
                     "connected.",
                 ),

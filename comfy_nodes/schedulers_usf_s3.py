@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ._files import SavedFiles, check_name
+from ._inputs import name_input, seed_input
 from .schedulers import EMSType
 
 
@@ -121,15 +122,8 @@ class DXUSFSearch(io.ComfyNode):
                 ),
                 io.Int.Input("calls", default=5, min=3, max=12, tooltip="Model calls of the schedule."),
                 io.Int.Input("evaluations", default=60, min=4, max=10000, tooltip="Schedules to try."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of noise and search.",
-                ),
-                io.String.Input("name", default="my-model", tooltip="File name without folder or extension."),
+                seed_input("Seed of noise and search."),
+                name_input(),
                 io.Int.Input(
                     "screen",
                     default=4,
