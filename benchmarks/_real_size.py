@@ -24,7 +24,7 @@ from diffusers_ext.eval import count_macs, paired_ratio
 
 TurnedOn = Callable[[Any], AbstractContextManager]
 # Blocks of a transformer on the clock: a step's share is that of one block, which more blocks do not change.
-TIMED_BLOCKS = {"PixArt-alpha": 8, "Stable Diffusion 3": 4}
+TIMED_BLOCKS = 4
 FULL, CHEAP = "full", "cheap"
 
 

@@ -12,7 +12,7 @@ import torch
 import diffusers_ext
 from benchmarks import _real_size as real
 from benchmarks._common import picture_grid
-from benchmarks.cache import COLUMNS, SMALL_PIXART, _first_block, real_transformer
+from benchmarks.cache import COLUMNS, _first_block, real_transformer
 from diffusers_ext import BACConfig, BACStatistics, measure_bac, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import MethodRecord
@@ -28,7 +28,7 @@ def unions_within(statistics: BACStatistics, budget: int) -> tuple[int, BACConfi
     """The most updates per sub-block whose schedule with unions costs no more than `budget` updates for each."""
     names = len(statistics.names)
     for updates in range(budget, 1, -1):
-        config = statistics.config(updates, UNIONS)
+        config = statistics.config(updates, UNIONS, shared=False)
         if sum(map(len, config.schedule.values())) <= budget * names:
             return updates, config
     raise ValueError(f"unions of {UNIONS} blocks do not fit {budget} updates")
@@ -38,9 +38,9 @@ def kinds_of_lists(statistics: BACStatistics, updates: int) -> dict[str, BACConf
     """The four ways to spend the same number of updates."""
     fewer, config = unions_within(statistics, updates)
     return {
-        f"M = {updates}, calibrated, one list": statistics.config(updates, shared=True),
+        f"M = {updates}, calibrated, one list": statistics.config(updates),
         f"M = {updates}, equal distances": BACConfig(num_updates=updates),
-        f"M = {updates}, calibrated, a list each": statistics.config(updates, 0),
+        f"M = {updates}, calibrated, a list each": statistics.config(updates, 0, shared=False),
         f"M = {fewer}, a list each, unions": config,
     }
 
@@ -54,7 +54,7 @@ def settings(statistics: BACStatistics) -> dict[str, TurnedOn]:
             kinds_of_lists(statistics, middle)
             if updates == middle
             else {
-                f"M = {updates}, calibrated, one list": statistics.config(updates, shared=True),
+                f"M = {updates}, calibrated, one list": statistics.config(updates),
                 f"M = {updates}, equal distances": BACConfig(num_updates=updates),
             }
         )
@@ -130,35 +130,35 @@ def latent_rows() -> Iterator[list[str]]:
         yield [f"shapes-dit, {LONG_STEPS} steps, latents", name, f"{share:.3f}", "", f"MSE {error:.4f}", ""]
 
 
-def real_size_rows() -> Iterator[list[str]]:
-    """A transformer of PixArt-alpha's size, and whole runs on a smaller one."""
+def real_size(record: MethodRecord) -> Iterator[list[str]]:
+    """A transformer of PixArt-alpha's size."""
     for updates in UPDATES:
         costs = real_transformer("PixArt-alpha", BACConfig(num_updates=updates), STEPS)
         yield ["PixArt-alpha size, random weights", f"M = {updates}, equal distances", *costs, "", ""]
-    denoiser, middle = real.pixart("cpu", **SMALL_PIXART), BACConfig(num_updates=UPDATES[1])
-    plain = count_macs(denoiser.run, STEPS)
-    costs = measured(denoiser.pipe, lambda pipe: diffusers_ext.apply(pipe, middle), lambda: denoiser.run(STEPS), plain)
-    yield ["PixArt blocks, random weights", f"M = {UPDATES[1]}, equal distances", *costs, "", ""]
 
 
-def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
-    """Measure BAC; see `benchmarks/run.py` for what is returned."""
-    pictures: dict[str, torch.Tensor] = {}
-    rows = [*picture_rows(pictures), *latent_rows(), *real_size_rows()]
-    notes = (
+def notes(record: MethodRecord) -> str:
+    """How it was measured."""
+    return (
         f"Shapes model: {PICTURES} held-out captions, {STEPS} steps, guidance 3, calibrated on 8 others; MACs and "
         f"time of whole pipeline calls with {TIMED} pictures. MACs and Time are shares of the uncached run; time is "
         "processor time, the median of interleaved pairs with their smallest and largest. M is the number of updates "
         f"per sub-block; with unions of {UNIONS} blocks as many as cost no more than the rows above. Latents: mean "
         f"squared difference to the full run of {LONG_STEPS} steps, 16 noises, no guidance, MACs of the transformer. "
         "PixArt-alpha size: random weights, 128 x 128 latents (4096 tokens), 20 steps, float32; operations on the "
-        "meta device, time computed from two full and two reused steps on 8 of 28 blocks, each beside a plain one. "
-        "PixArt blocks: 4 layers 576 wide, 64 x 64 latents (1024 tokens). Pictures: one calibrated list."
+        "meta device, time computed from a full and a reused step on 4 of its blocks, each beside a plain one. "
+        "Pictures: one calibrated list."
     )
+
+
+def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
+    """Measure BAC; see `benchmarks/run.py` for what is returned."""
+    pictures: dict[str, torch.Tensor] = {}
+    rows = [*picture_rows(pictures), *latent_rows(), *real_size(record)]
     picture = picture_grid(pictures, out_dir / f"{record.slug}.png")
     return {
         "columns": COLUMNS[:4] + ["Difference to the full run", COLUMNS[-1]],
         "rows": rows,
-        "notes": notes,
+        "notes": notes(record),
         "picture": picture,
     }

@@ -28,25 +28,21 @@ from diffusers_ext.registry import MethodRecord
 INTERVALS = (2, 3, 5)
 THRESHOLDS = (0.1, 0.2, 0.4)
 RATIOS = (0.75, 0.5, 0.25)
-# What fits a wall clock on one processor: PixArt-alpha's blocks at half their width, a quarter of its tokens.
-SMALL_PIXART = {"num_layers": 4, "attention_head_dim": 36, "cross_attention_dim": 576, "sample_size": 64}
 UNET = "SD 1.5 size, random weights"
 TRANSFORMER_STEPS = {"PixArt-alpha": 20, "Stable Diffusion 3": 28}
-ALTERNATING = (real.FULL, real.CHEAP) * 2
+BOTH = (real.FULL, real.CHEAP)
 COLUMNS = ["Model", "Setting", "MACs", "Time", "PSNR to uncached", "Judge: all attributes"]
 
 
 UNET_NOTES = (
-    " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1, UNet calls only, float32. Two full and two "
-    "cheap calls of the method, each timed beside a plain call; whole runs computed from them and their operations "
+    " Stable Diffusion 1.5 size: random weights, 64 x 64 latents, batch 1, UNet calls only, float32. One full and one "
+    "cheap call of the method, each timed beside a plain call; whole runs computed from them and their operations "
     "counted on the meta device."
 )
 TRANSFORMER_NOTES = (
     " PixArt-alpha and Stable Diffusion 3 medium size: random weights, 128 x 128 latents (4096 tokens, and 333 of "
-    "text in Stable Diffusion 3), 20 and 28 steps, float32. Operations of whole runs on the meta device; time of two "
-    "full and two cheap steps, each beside a plain one, on 8 of 28 and 4 of 24 blocks, whole runs computed from them. "
-    "PixArt blocks: 4 layers 576 wide, 64 x 64 latents (1024 tokens), otherwise the same; where the peer decides by "
-    "its threshold, random weights decide what it skips: compare Time with MACs."
+    "text in Stable Diffusion 3), 20 and 28 steps, float32. Operations of whole runs on the meta device; time of a "
+    "full and of a cheap step, each beside a plain one, on 4 of the blocks, whole runs computed from them."
 )
 
 
@@ -80,7 +76,7 @@ def _configs(record: MethodRecord) -> dict[str, Any]:
     if "interval" in fields:
         return {f"N = {n}": record.public(interval=n) for n in INTERVALS}
     if "key_steps" in fields:
-        return {f"key steps {k}": record.public(key_steps=k) for k in (2, "50ls", 8)}
+        return {f"key steps {k}": record.public(key_steps=k) for k in (2, 6, "50ls")}  # 6 and 50ls cost the same
     if "sample_ratio" in fields:
         return {f"{r:.0%} of tokens": record.public(sample_ratio=r) for r in RATIOS}
     return {"default": record.public()}
@@ -233,7 +229,7 @@ def zoo_rows(
         yield [name, setting.name, f"{macs:.3f}", str(timing), f"{psnr:.2f} dB", judged(images)]
 
 
-def real_size_rows(record: MethodRecord, extra: Sequence[Setting] = ()) -> Iterator[list[Any]]:
+def unet_rows(record: MethodRecord, extra: Sequence[Setting] = ()) -> Iterator[list[Any]]:
     """Rows on a UNet of Stable Diffusion 1.5's size.
 
     One full and one shallow call are measured at N = 2, where they alternate; a run at interval N is one full call
@@ -243,7 +239,7 @@ def real_size_rows(record: MethodRecord, extra: Sequence[Setting] = ()) -> Itera
         if "N = 2" not in setting.name:
             continue
         full, shallow = real.macs_of_steps(real.stable_diffusion("meta"), setting.turned_on, 2)
-        times = real.timed(real.stable_diffusion("cpu"), setting.turned_on, ALTERNATING)
+        times = real.timed(real.stable_diffusion("cpu"), setting.turned_on, BOTH)
         for n in INTERVALS:
             name = setting.name.replace("N = 2", f"N = {n}")
             yield [UNET, name, *real.of_a_run([full, *[shallow] * (n - 1)], times), "", ""]
@@ -253,7 +249,7 @@ def key_step_rows(record: MethodRecord) -> Iterator[list[Any]]:
     """A run of 50 steps on a UNet of Stable Diffusion 1.5's size, from calls at a key step and in between."""
     total, half = 50, record.public(key_steps=2)
     full, reused = real.macs_of_steps(real.stable_diffusion("meta"), lambda p: diffusers_ext.apply(p, half), 2)
-    times = real.timed(real.stable_diffusion("cpu"), lambda p: diffusers_ext.apply(p, half), ALTERNATING)
+    times = real.timed(real.stable_diffusion("cpu"), lambda p: diffusers_ext.apply(p, half), BOTH)
     for name, config in _configs(record).items():
         macs = [full if config.is_key_step(i, total) else reused for i in range(total)]
         yield [UNET, name, *real.of_a_run(macs, times), "", ""]
@@ -262,8 +258,8 @@ def key_step_rows(record: MethodRecord) -> Iterator[list[Any]]:
 def transformer_rows(record: MethodRecord) -> Iterator[list[Any]]:
     """Transformers of real size: operations of whole runs on the meta device, time of a full and of a cheap step."""
     configs = _configs(record)
-    if record.slug == "ras":  # to the strength that the paper's largest gain was made with
-        configs["12.5% of tokens"] = record.public(sample_ratio=0.125)
+    if record.slug == "ras":  # down to the strength that the paper's largest gain was made with
+        configs = {f"{ratio:.4g}% of tokens": record.public(sample_ratio=ratio / 100) for ratio in (50, 25, 12.5)}
     for name, steps in TRANSFORMER_STEPS.items():
         for setting, config in configs.items():
             yield [f"{name} size, random weights", setting, *real_transformer(name, config, steps), "", ""]
@@ -278,25 +274,32 @@ def real_transformer(name: str, config: Any, steps: int) -> tuple[str, str]:
 def _short(config: Any) -> Any:
     """The same full and cheap steps in turn, from the first step on."""
     if hasattr(config, "sample_ratio"):
-        return replace(config, start_step=1, error_reset_steps=(2,))
+        return replace(config, start_step=1, error_reset_steps=())
     return replace(config, **{"num_updates" if hasattr(config, "num_updates") else "cache_interval": 2})
 
 
 @functools.cache
 def _times(name: str, config: Any) -> dict[str, float]:
-    denoiser = real.TRANSFORMERS[name]("cpu", num_layers=real.TIMED_BLOCKS[name])
-    return real.timed(denoiser, lambda pipe: diffusers_ext.apply(pipe, config), ALTERNATING)
+    denoiser = real.TRANSFORMERS[name]("cpu", num_layers=real.TIMED_BLOCKS)
+    return real.timed(denoiser, lambda pipe: diffusers_ext.apply(pipe, config), BOTH)
 
 
-def small_rows(record: MethodRecord) -> Iterator[list[Any]]:
-    """Whole runs of 20 steps on a smaller transformer, beside the peer."""
-    denoiser = real.pixart("cpu", **SMALL_PIXART)
-    for setting in settings_of(record):
-        if setting.turned_on in (_random_tokens, _every_other_output):
-            continue
-        macs = _ratio_of_macs(lambda: denoiser.run(20), lambda s=setting: s.turned_on(denoiser.pipe))
-        timing = _time_ratio(lambda: denoiser.run(20), lambda s=setting: s.turned_on(denoiser.pipe), pairs=2)
-        yield ["PixArt blocks, random weights", setting.name, f"{macs:.3f}", str(timing), "", ""]
+def real_size(record: MethodRecord, extra: Sequence[Setting] = ()) -> Iterator[list[Any]]:
+    """Rows of networks of real size, which hold random weights."""
+    if "unet" not in record.targets:
+        return transformer_rows(record)
+    return key_step_rows(record) if "key_steps" in record.public.__dataclass_fields__ else unet_rows(record, extra)
+
+
+def notes(record: MethodRecord, size: Size | None = None) -> str:
+    """How it was measured."""
+    size = size or Size.of(record)
+    return (
+        f"Shapes model: {size.pictures} held-out captions, {size.steps} steps, guidance 3; MACs and time of whole "
+        f"pipeline calls with {size.timed_pictures} pictures and {size.timed_steps} steps. MACs and Time are shares "
+        "of the uncached run; time is processor time, the median of interleaved pairs with their smallest and largest."
+        + (UNET_NOTES if "unet" in record.targets else TRANSFORMER_NOTES)
+    )
 
 
 def bench(
@@ -316,17 +319,6 @@ def bench(
     pictures: dict[str, torch.Tensor] = {}
     size = size or Size.of(record)
     rows = list(zoo_rows(record, size, pictures, extra))
-    notes = (
-        f"Shapes model: {size.pictures} held-out captions, {size.steps} steps, guidance 3; MACs and time of whole "
-        f"pipeline calls with {size.timed_pictures} pictures and {size.timed_steps} steps. MACs and Time are shares "
-        "of the uncached run; time is processor time, the median of interleaved pairs with their smallest and largest."
-    )
-    if "unet" in record.targets:
-        key_steps = "key_steps" in record.public.__dataclass_fields__
-        rows += key_step_rows(record) if key_steps else real_size_rows(record, extra)
-        notes += UNET_NOTES
-    else:
-        rows += [*transformer_rows(record), *small_rows(record)]
-        notes += TRANSFORMER_NOTES
+    rows += real_size(record, extra)
     picture = picture_grid(pictures, out_dir / f"{record.slug}.png")
-    return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": picture}
+    return {"columns": COLUMNS, "rows": rows, "notes": notes(record, size), "picture": picture}

@@ -1,9 +1,13 @@
 """`python benchmarks/run.py <slug|all|joint comparison>`: measure a method beside its peers and file the result.
 
+With `--real-size` only the rows of networks of real size are measured again, and replace those in the method's file.
+
 `benchmarks/<kind>.py` holds `bench(record, out_dir) -> dict` for every method of that kind, `benchmarks/<module>.py`
 for one that this comparison does not fit:
 
     {"columns": [...], "rows": [[...], ...], "notes": "...", "picture": Path}
+
+and may hold `real_size(record) -> rows` and `notes(record) -> str`, of which `bench` makes its own.
 
 The runner adds the machine and writes `benchmarks/results/<slug>.json` and `docs/assets/methods/<slug>.png`. A joint
 comparison, such as `benchmarks/solvers.py`, holds `bench(out_dir)` and its picture is `docs/assets/solvers.png`.
@@ -14,11 +18,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,14 +40,34 @@ FIELDS = {"columns", "rows", "notes", "picture"}
 JOINT = ("solvers", "frontier", "calibrations", "adapters")
 
 
-def measure(record: MethodRecord) -> dict:
-    """Run one method's benchmark and file its result."""
+def module_of(record: MethodRecord) -> ModuleType:
+    """The benchmark of a method."""
     own = record.module.rpartition(".")[2]
     name = own if (ROOT / "benchmarks" / f"{own}.py").is_file() else record.kind
     if not (ROOT / "benchmarks" / f"{name}.py").is_file():
         raise ValueError(f"no benchmark for methods of kind {name!r}: write benchmarks/{name}.py")
-    bench = importlib.import_module(f"benchmarks.{name}").bench
-    return file_result(record.slug, functools.partial(bench, record), ASSETS / "methods")
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def measure(record: MethodRecord) -> dict:
+    """Run one method's benchmark and file its result."""
+    return file_result(record.slug, functools.partial(module_of(record).bench, record), ASSETS / "methods")
+
+
+def measure_real_size(record: MethodRecord) -> dict:
+    """Measure the rows of networks of real size, which hold random weights, and keep the filed others."""
+    module, path = module_of(record), RESULTS / f"{record.slug}.json"
+    if not hasattr(module, "real_size") or not path.is_file():
+        raise ValueError(f"{record.slug} has no rows of real size, or was never measured: run it without --real-size")
+    filed, now = json.loads(path.read_text(encoding="utf-8")), environment()
+    changed = [key for key in now.keys() - {"date"} if filed["environment"][key] != now[key]]
+    if changed:
+        raise ValueError(f"{record.slug} was measured with another {', '.join(sorted(changed))}: measure all of it")
+    rows = list(module.real_size(record))
+    kept = [row for row in filed["rows"] if "random weights" not in row[0]]
+    filed = {**filed, "rows": kept + rows, "notes": module.notes(record)}
+    write_json(path, filed)
+    return filed
 
 
 def compare(name: str) -> dict:
@@ -78,11 +104,12 @@ def main(argv: list[str] | None = None) -> int:
     """Measure one method, one joint comparison or all of both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slug", nargs="?", default="all", help=f"method, {', '.join(JOINT)}, or all (default)")
+    parser.add_argument("--real-size", action="store_true", help="only the rows of networks of real size")
     args = parser.parse_args(argv)
     joint = [name for name in JOINT if args.slug in ("all", name)]
     records = list_methods() if args.slug == "all" else [] if joint else [get_method(args.slug)]
     for record in records:
-        show(measure(record))
+        show(measure_real_size(record) if args.real_size else measure(record))
     for name in joint:
         show(compare(name))
     return 0
