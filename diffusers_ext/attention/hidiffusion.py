@@ -18,7 +18,6 @@ from ..apply import Attachment, MethodConfig, denoiser_of
 from ..caching._common import (
     PREFIX,
     Inputs,
-    Position,
     RunHook,
     RunTracker,
     install,
@@ -193,9 +192,6 @@ class _RootHook(RunHook[None]):
         self.arguments = outlines((args, kwargs))
         self.steps = self.config.num_inference_steps or run_length(self.target, self.tracker.time)
 
-    def begin_call(self, position: Position[None]) -> None:
-        """Nothing is kept from call to call: `run` decides, which sees the size of this one."""
-
     @torch.compiler.disable
     def _decide(self, arguments: Mapping[str, Any]) -> None:
         step, latent = self.tracker.run_step, tuple(Inputs.of(arguments).sample.shape[-2:])
@@ -209,7 +205,7 @@ class _RootHook(RunHook[None]):
         shared.active, shared.quarters = active, quarters
         shared.sizes = active.sizes(shared.latent, self.place)
 
-    def end_call(self) -> None:
+    def release(self) -> None:
         self.shared.active = Active()
 
     @torch.compiler.disable(recursive=False)
@@ -241,23 +237,14 @@ class _RootHook(RunHook[None]):
             ends.append(sizes[level][1] if inside else sizes[level + 1][0])
         return [resized(r, s) for r, s in zip(residuals, ends)] + list(residuals[len(ends) :])
 
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.end_call()
-        return super().reset_state(module)
-
     def macs_saved(self, unet: torch.nn.Module) -> dict[str, float]:
         """Share of the last run's operations that was saved, counted on the meta device."""
-        self.paused = True
-        args, kwargs = self.arguments
-        try:
-            counts = {}
+        counts, (args, kwargs) = {}, self.arguments
+        with self.aside():
             self.shared.latent = tuple(Inputs.of(self._signature.bind(*args, **kwargs).arguments).sample.shape[-2:])
             for active in {Active(), *self.used}:
                 self._set(active, [0] * self.layers)
                 counts[active] = macs_on_meta(unet, (args, {**kwargs, **self._residuals(kwargs)}))
-        finally:
-            self.paused = False
-            self.end_call()
         done = sum(calls * counts[active] for active, calls in self.used.items())
         return {"macs_saved": 1 - done / (counts[Active()] * self.used.total())}
 

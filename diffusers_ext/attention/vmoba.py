@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..caching._common import (
     PREFIX,
-    Position,
     RunHook,
     RunTracker,
     install,
@@ -182,24 +181,16 @@ class _RootHook(RunHook[dict]):
             self.cuts, self.grid = self.config.partitions(grid), grid
         self.shared.cuts = self.cuts
 
-    def begin_call(self, position: Position[dict]) -> None:
-        self.shared.cuts = None
-
     def end_call(self) -> None:
         self.calls["full" if self.shared.cuts is None else "sparse"] += 1
-        self.shared.cuts = None
 
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+    def release(self) -> None:
         self.shared.cuts = None
-        return super().reset_state(module)
 
     def macs(self, model: torch.nn.Module) -> dict[str, int]:
         """MACs of a call with full attention, on the meta device."""
-        self.paused = True
-        try:
+        with self.aside():
             return {"full": macs_on_meta(model, self.arguments)}
-        finally:
-            self.paused = False
 
 
 @register(

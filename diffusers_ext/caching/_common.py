@@ -6,7 +6,8 @@ import inspect
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -218,8 +219,8 @@ class RunTracker(Generic[S]):
 class RunHook(ModelHook, Generic[S]):
     """Root hook of a cache: announces each call to `begin_call` and `end_call`, resets when anything goes wrong.
 
-    Subclasses implement `begin_call(position)`, which decides, and `end_call()`. `reset_state` runs at the end of a
-    pipeline call.
+    Subclasses decide in `begin_call(position)` or `run`, look back in `end_call()`, and let go of what belongs to one
+    call in `release()`. `reset_state` runs at the end of a pipeline call.
     """
 
     _is_stateful = True
@@ -235,10 +236,23 @@ class RunHook(ModelHook, Generic[S]):
         return module
 
     def begin_call(self, position: Position[S]) -> None:
-        raise NotImplementedError
+        """Called before every call with its place in the run."""
 
     def end_call(self) -> None:
-        raise NotImplementedError
+        """Called after every call that succeeded."""
+
+    def release(self) -> None:
+        """Called after `end_call`, when a run is forgotten and behind `aside`: nothing of a call may stay."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Calls inside pass this hook by, for counting operations; afterwards nothing of them stays."""
+        paused, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = paused
+            self.release()
 
     # Not recursive: the decision stays outside of compiled graphs, the model's own forward is still compiled.
     @torch.compiler.disable(recursive=False)
@@ -272,11 +286,13 @@ class RunHook(ModelHook, Generic[S]):
     @torch.compiler.disable
     def _end(self) -> None:
         self.end_call()
+        self.release()
 
     def begin_run(self, args: tuple, kwargs: dict) -> None:
         """Called before the first call of every run, with its arguments."""
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.release()
         self.tracker.reset()
         return module
 

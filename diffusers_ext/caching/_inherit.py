@@ -111,25 +111,17 @@ class InheritRoot(RunHook[Kept]):
             if new is not None and old is not None:
                 self.changes.append(_change(new.outputs[self.watched], old.outputs[self.watched]))
             self.kept.record = new
-        self._release()
 
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self._release()
-        return super().reset_state(module)
-
-    def _release(self) -> None:
+    def release(self) -> None:
         self.shared.record, self.shared.reuse, self.kept = None, False, None
 
     def macs(self, model: torch.nn.Module) -> dict[str, int]:
         """MACs of a full and of a reused call with the last run's shapes, counted on the meta device."""
         counts = {}
-        self.paused, self.shared.record = True, Record()
-        try:
+        with self.aside():
+            self.shared.record = Record()
             for name, self.shared.reuse in (("full", False), ("reused", True)):
                 counts[name] = macs_on_meta(model, self.arguments)
-        finally:
-            self.paused = False
-            self._release()
         return counts
 
     def summary(self, model: torch.nn.Module) -> dict[str, Any]:

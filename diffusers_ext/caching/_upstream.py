@@ -213,15 +213,14 @@ class _RootHook(RunHook[_Call]):
     def _bypassed(self) -> Iterator[None]:
         """The model as if nothing were applied."""
         kept = [(m.reference, m.reference.forward, m.reference.pre_forward) for m in self.members]
-        self.paused = True
         for member in self.members:
             if member.original is not None:
                 member.reference.forward = member.original
             member.reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
         try:
-            yield
+            with self.aside():
+                yield
         finally:
-            self.paused = False
             for reference, forward, pre_forward in kept:
                 reference.forward, reference.pre_forward = forward, pre_forward
 

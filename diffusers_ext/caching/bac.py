@@ -171,11 +171,9 @@ class RootHook(RunHook):
 
     def end_call(self) -> None:
         self.shared.call.end()
-        self.shared.call = None
 
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+    def release(self) -> None:
         self.shared.call = None
-        return super().reset_state(module)
 
 
 class _CacheHook(RootHook):
@@ -203,12 +201,9 @@ class _CacheHook(RootHook):
 
     def macs(self, model: torch.nn.Module) -> dict[str, int]:
         """MACs of a full call (under "") and of each sub-block, counted on the meta device."""
-        self.paused = True
-        try:
-            args, kwargs = self.arguments
+        args, kwargs = self.arguments
+        with self.aside():
             counts = macs_by_module(_OnMeta(model), *args, depth=sys.maxsize, **kwargs)
-        finally:
-            self.paused = False
         places = {module: f"model.{name}" for name, module in model.named_modules()}
         modules = {name: (part.output, *part.inputs) for name, part in self.parts.items()}
         each = {name: sum(counts.get(places[m], 0) for m in found) for name, found in modules.items()}

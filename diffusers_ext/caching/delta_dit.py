@@ -244,26 +244,18 @@ class _RootHook(RunHook[Store]):
             shared_names = call.deltas.keys() & self.store.deltas.keys()
             self.changes += [_relative(call.deltas[n], self.store.deltas[n]) for n in sorted(shared_names)]
             self.store.deltas = call.deltas
-        self._release()
 
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self._release()
-        return super().reset_state(module)
-
-    def _release(self) -> None:
+    def release(self) -> None:
         self.shared.call = self.store = None
 
     def macs(self, model: torch.nn.Module) -> dict[str, int]:
         """MACs of a full call (under "full") and of calls that reuse each span, counted on the meta device."""
         full = Call(self.plan.bounds, None, tuple(self.reused), {})
-        counts, self.paused = {}, True
-        try:
+        counts = {}
+        with self.aside():
             for call in (full, *(Call(self.plan.bounds, name, (), full.deltas) for name in self.reused)):
                 self.shared.call = call
                 counts[call.reused or "full"] = macs_on_meta(model, self.arguments)
-        finally:
-            self.paused = False
-            self._release()
         return counts
 
 

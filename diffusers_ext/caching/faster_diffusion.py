@@ -189,9 +189,6 @@ class _RootHook(RunHook[_Store]):
         self.computed += is_key
         self.reused += not is_key
 
-    def end_call(self) -> None:
-        self._release()
-
     @torch.compiler.disable(recursive=False)
     def run(self, args: tuple, kwargs: dict) -> Any:
         ahead = self.store.ahead.pop(self.tracker.time, None)
@@ -235,23 +232,16 @@ class _RootHook(RunHook[_Store]):
         self.store.ahead = {float(t): out for t, out in zip(self.plan.times[1:], outputs[1:])}
         return outputs[0]
 
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self._release()
-        return super().reset_state(module)
-
-    def _release(self) -> None:
+    def release(self) -> None:
         self.shared.encoded, self.shared.replay, self.shared.copies, self.store = None, False, 1, None
 
     def macs(self, unet: torch.nn.Module) -> dict[str, int]:
         """MACs of a key call and of a call of the decoder alone with the last run's shapes, on the meta device."""
         counts = {}
-        self.paused, self.shared.encoded = True, _Encoded()
-        try:
+        with self.aside():
+            self.shared.encoded = _Encoded()
             for name, self.shared.replay in (("full", False), ("reused", True)):
                 counts[name] = macs_on_meta(unet, self.arguments)
-        finally:
-            self.paused = False
-            self._release()
         return counts
 
 
@@ -286,7 +276,7 @@ class _ControlHook(RunHook[_Store]):
         self.store = position.state
         self.runs = self.store.encoded is None or position.step in self.keys
 
-    def end_call(self) -> None:
+    def release(self) -> None:
         self.store = None
 
     @torch.compiler.disable(recursive=False)

@@ -234,6 +234,8 @@ class _RootHook(RunHook[Cache]):
         else:
             count = self.regions.chosen.shape[1]
             self.reused[count] = self.reused.get(count, 0) + 1
+
+    def release(self) -> None:
         self.shared.call = None
 
     def observe(self, noise: torch.Tensor) -> None:
@@ -242,19 +244,17 @@ class _RootHook(RunHook[Cache]):
             self.regions.observe(noise.detach(), self.tracker.run_step)
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.shared.call, self.running = None, False
+        self.running = False
         return super().reset_state(module)
 
     def macs(self, model: torch.nn.Module) -> dict[int | None, int]:
         """MACs of a call by the number of tokens it computes, None for all, counted on the meta device."""
-        cache, counts, self.paused = Cache(), {}, True
-        try:
+        cache, counts = Cache(), {}
+        with self.aside():
             for count in (None, *self.reused):
                 index = torch.empty(_batch(*self.arguments), count or 0, dtype=torch.long, device="meta")
                 self.shared.call = Call(cache, index if count else None, True, self.regions.tokens)
                 counts[count] = macs_on_meta(model, self.arguments)
-        finally:
-            self.paused, self.shared.call = False, None
         return counts
 
 
