@@ -6,7 +6,6 @@ That it never goes stale is tested for every cache in `tests/common/test_cache_m
 from __future__ import annotations
 
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from diffusers_ext import DeltaDiTConfig, zoo
 from diffusers_ext.caching import delta_dit
 from diffusers_ext.caching._common import steps_of
 from diffusers_ext.caching.delta_dit import Call, Store, cached_blocks_for, span_bounds, span_name, speedup
-from diffusers_ext.eval import count_macs, macs_by_module, mean_psnr, paired_ratio
+from diffusers_ext.eval import count_macs, macs_by_module, mean_psnr
 
 
 def make_dit(blocks=8, seed=0, width=16):
@@ -268,21 +267,6 @@ def test_fewer_blocks_are_more_faithful():
     scores = [mean_psnr(draw(DeltaDiTConfig(2, n)), reference) for n in (2, 9)]
     scores.append(mean_psnr(draw(DeltaDiTConfig(5, 9)), reference))
     assert scores[0] > scores[1] > scores[2], scores
-
-
-@pytest.mark.slow
-def test_a_cache_that_skips_nothing_costs_less_than_3_percent():
-    pipe = zoo.load("shapes-dit")
-
-    def draw():
-        zoo.generate(pipe, ["a red circle"] * 4, num_inference_steps=6)
-
-    def cached():
-        with diffusers_ext.apply(pipe, DeltaDiTConfig(1)):
-            draw()
-
-    timing = paired_ratio(cached, draw, pairs=7, clock=time.process_time)
-    assert timing.ratio < 1.03, str(timing)
 
 
 # ---- refusals
