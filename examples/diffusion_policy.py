@@ -140,9 +140,9 @@ def main() -> None:
     settings = {
         "plain": None,
         "equal distances": BACConfig(num_updates=args.updates),
-        "calibrated, one list for all": statistics.config(args.updates, shared=True),
-        "calibrated, a list for each": statistics.config(args.updates, bua_blocks=0),
-        "calibrated, a list for each, with unions": statistics.config(args.updates),
+        "calibrated, one list for all": statistics.config(args.updates),
+        "calibrated, a list for each": statistics.config(args.updates, bua_blocks=0, shared=False),
+        "calibrated, a list for each, with unions": statistics.config(args.updates, shared=False),
     }
     for name, config in settings.items():
         with diffusers_ext.apply(target, *([config] if config else [])):

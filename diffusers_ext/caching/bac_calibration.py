@@ -63,17 +63,18 @@ class BACStatistics:
         return self.similarity.shape[-1]
 
     def config(
-        self, num_updates: int, bua_blocks: int = 5, bua_candidates: str = "ffn", shared: bool = False
+        self, num_updates: int, bua_blocks: int = 5, bua_candidates: str = "ffn", shared: bool = True
     ) -> BACConfig:
         """The schedule with the most similarity between what is reused and what it stands in for.
 
         Args:
             num_updates: M, updates of each sub-block, 2 to the number of steps.
-            bua_blocks: This many volatile sub-blocks are also recomputed whenever a later feed-forward is; that adds
-                updates to theirs. 0 leaves it out.
+            bua_blocks: Where each has its own list: this many volatile sub-blocks are also recomputed whenever a later
+                feed-forward is; that adds updates to theirs. 0 leaves it out.
             bua_candidates: They are chosen among the `"ffn"` sub-blocks, or among `"all"`.
-            shared: One list for all sub-blocks, from their mean similarity, instead of one for each. Then no output is
-                ever computed from a stale one, and unions change nothing.
+            shared: One list for all sub-blocks (default), from their mean similarity: no output is ever computed from
+                a stale one, which came closer to the full run wherever it was measured. False: a list for each, as in
+                the paper.
         """
         require_updates(num_updates, self.num_steps)
         if bua_blocks < 0 or bua_candidates not in CANDIDATES:
@@ -154,7 +155,7 @@ def calibrate_bac(
     num_updates: int,
     bua_blocks: int = 5,
     bua_candidates: str = "ffn",
-    shared: bool = False,
+    shared: bool = True,
     **options: Any,
 ) -> BACConfig:
     """Measure a model and choose the steps at which each of its sub-blocks is recomputed.
