@@ -153,9 +153,9 @@ class DXSeamlessTiledDiffusion(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "cover_on_reset",
-                    default=False,
-                    tooltip="At these steps move the grid too and add tiles, instead of putting it back. Costs a "
-                    "little more, and leaves no trace of a fixed border.",
+                    default=True,
+                    tooltip="At these steps the grid moves too and tiles are added. Off: it goes back to its place as "
+                    "published, which costs a little less and leaves traces of fixed borders.",
                 ),
                 io.Int.Input(
                     "tile_batch_size",

@@ -86,7 +86,7 @@ class _RootHook(RunHook[_Store]):
     def begin_call(self, position: Position[_Store]) -> None:
         self.store, self.step = position.state, position.step
 
-    def end_call(self) -> None:
+    def release(self) -> None:
         self.store = None
 
     @torch.compiler.disable(recursive=False)
@@ -137,10 +137,6 @@ class _RootHook(RunHook[_Store]):
             moved = moved_time_ids(added["time_ids"], chunk, self.config.pixels_per_latent)
             cropped["added_cond_kwargs"] = {**added, "time_ids": moved}
         return cropped
-
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.end_call()
-        return super().reset_state(module)
 
 
 def _flat(bound: inspect.BoundArguments) -> dict[str, Any]:
@@ -198,10 +194,10 @@ class SeamlessTilingConfig(MethodConfig):
             always covers all of the picture.
         offset_stride: Step between the offsets of `"positive"` and `"complete"`. Default: half a tile.
         overlap: Random offsets are below this. Default: half a tile.
-        random_reset_step: Every so manieth random offset is (0, 0), where tiles cover all of the picture. None: only
-            the first; then strips at the upper and left border may wait for long.
-        cover_on_reset: At these steps move the grid too, and cover with further tiles. Costs a little more, and does
-            not strengthen the same borders again.
+        random_reset_step: At every so manieth step tiles cover all of the picture. None: only at the first; then
+            strips at the upper and left border may wait for long.
+        cover_on_reset: At these steps the grid moves too, and further tiles cover what it leaves (default). False:
+            the grid goes back to (0, 0), as published, which costs less and strengthens the same borders again.
         tile_batch_size: Tiles per call of the model. More takes more memory.
         noise_reference: Let the step before stand in for missing strips. Without, and in runs of fewer than 8 steps,
             further tiles cover them.
@@ -225,7 +221,7 @@ class SeamlessTilingConfig(MethodConfig):
         >>> with diffusers_ext.apply(pipe, SeamlessTilingConfig()) as handle:
         ...     image = pipe("a red circle", num_inference_steps=8, height=128, width=128).images[0]
         ...     handle.summary()["any-size-diffusion"]["tiles"]
-        32
+        37
 
     Limits:
         Every tile gets the whole prompt: from pure noise each draws the object anew. Enlarge a picture instead.
@@ -236,7 +232,7 @@ class SeamlessTilingConfig(MethodConfig):
     offset_stride: int | None = None
     overlap: int | None = None
     random_reset_step: int | None = 4
-    cover_on_reset: bool = False
+    cover_on_reset: bool = True
     tile_batch_size: int = 4
     noise_reference: bool = True
     noise_ema: float | None = None

@@ -18,7 +18,7 @@ CAPTION = "a small red circle left of a large green square, striped blue backgro
 @pytest.fixture
 def patch(dx_nodes):
     def node(model, side=64, offset_mode="random", overlap=32, **options):
-        defaults = {"random_reset_step": 4, "cover_on_reset": False, "tile_batch_size": 4, "noise_reference": True}
+        defaults = {"random_reset_step": 4, "cover_on_reset": True, "tile_batch_size": 4, "noise_reference": True}
         values = {**defaults, "noise_ema": 0.0, "seed": 0, **options}
         return dx_nodes["DXSeamlessTiledDiffusion"].execute(model, side, offset_mode, overlap, **values).args[0]
 
@@ -44,7 +44,7 @@ def sample(comfy, native_pipe, encode, recorded):
     "options",
     [
         {},
-        {"cover_on_reset": True, "random_reset_step": 3},
+        {"cover_on_reset": False, "random_reset_step": 3},
         {"offset_mode": "positive"},
         {"offset_mode": "complete", "noise_ema": 0.2},
         {"noise_reference": False},
