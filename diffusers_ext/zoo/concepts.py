@@ -14,6 +14,7 @@ CONCEPTS = {
     "zib": ("purple", "star"),
     "mog": ("green", "cross"),
     "kelv": ("orange", "ring"),
+    "dax": ("blue", "triangle"),
 }
 
 
