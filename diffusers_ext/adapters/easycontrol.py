@@ -70,11 +70,12 @@ def subject_ids(condition: tuple[int, int], offset: int = 64) -> torch.Tensor:
     return F.pad(torch.cartesian_prod(rows + offset, columns), (1, 0))
 
 
-def fit_spatial(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Pictures `[n, c, h, w]` resized to `size` x `size`, whatever their shape was."""
-    if images.shape[-2:] == (size, size):
+def fit_spatial(images: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
+    """Pictures `[n, c, h, w]` resized to a square, or to (height, width), whatever their shape was."""
+    sides = _sides(size)
+    if images.shape[-2:] == sides:
         return images
-    return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    return F.interpolate(images.float(), sides, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def fit_subject(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -85,6 +86,10 @@ def fit_subject(images: torch.Tensor, size: int) -> torch.Tensor:
         images = F.interpolate(images.float(), sides, mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = ((size - side) // 2 for side in sides)
     return F.pad(images, (left, size - sides[1] - left, top, size - sides[0] - top), value=_GREY)
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def grid_of(ids: torch.Tensor) -> tuple[int, int]:
@@ -242,7 +247,7 @@ class EasyControlAdapter(Adapter):
         pipe: Any,
         image: Any,
         condition_type: str | None = None,
-        cond_size: int | None = None,
+        cond_size: int | tuple[int, int] | None = None,
         start: float = 0.0,
         end: float = 1.0,
         generator: torch.Generator | None = None,
@@ -254,7 +259,8 @@ class EasyControlAdapter(Adapter):
             image: PIL picture, list of them, or tensor: `[n, 3, h, w]` in [-1, 1], or `[n, 1, h, w]` in [0, 1] (edges,
                 depth). One for all pictures of a batch, or one each.
             condition_type: `"spatial"` or `"subject"`; default: what the adapter was made for.
-            cond_size: Side in pixels; default: the config's.
+            cond_size: Side in pixels; default: the config's. Spatial pictures also take (height, width), such as the
+                image's own: in shapes that training never saw they are followed more closely than stretched squares.
             start, end: Part of the steps with control, `0 <= start < end <= 1`.
             generator: Draws from the VAE's posterior, as the authors do; without it, its mean.
 
@@ -267,8 +273,10 @@ class EasyControlAdapter(Adapter):
         _require_kind(kind)
         vae = pipe.vae
         covers = 2 ** len(vae.config.block_out_channels)
-        if size < covers or size % covers:
+        if any(side < covers or side % covers for side in _sides(size)):
             raise ValueError(f"cond_size is {size}: give a multiple of {covers}, the pixels that a token covers")
+        if kind == "subject" and not isinstance(size, int):
+            raise ValueError(f"cond_size is {size}: subjects are padded to a square, give one number")
         pictures = (fit_spatial if kind == "spatial" else fit_subject)(_pictures(image), size)
         with torch.no_grad():
             posterior = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist
@@ -447,7 +455,10 @@ def _for_batch(latents: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def easycontrol_images(
-    pipe: Any, spatial_images: Sequence[Any] = (), subject_images: Sequence[Any] = (), cond_size: int | None = None
+    pipe: Any,
+    spatial_images: Sequence[Any] = (),
+    subject_images: Sequence[Any] = (),
+    cond_size: int | tuple[int, int] | None = None,
 ) -> None:
     """Give every EasyControl that is attached to a pipeline its picture, in the order of attaching.
 
@@ -455,7 +466,7 @@ def easycontrol_images(
         pipe: Flux pipeline.
         spatial_images: One picture per attached adapter of type `"spatial"`; see `EasyControlAdapter.set_condition`.
         subject_images: One picture per attached adapter of type `"subject"`.
-        cond_size: Side in pixels for all of them; default: each adapter's own.
+        cond_size: For all of them, see `EasyControlAdapter.set_condition`; default: each adapter's own.
 
     Raises:
         ValueError: The numbers of pictures and adapters differ.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxControlNetModel,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     FluxTransformer2DModel,
 )
 from diffusers.hooks import FirstBlockCacheConfig
@@ -403,6 +406,7 @@ def test_pictures_are_fitted():
     assert odd.shape[-2:] == (32, 32), "the odd pixel is not lost"
     assert odd[..., 5, :].all() and not odd[..., 4, :].any() and not odd[..., 26, :].any() and odd[..., 25, :].all()
     assert torch.equal(fit_spatial(wide[..., :20], 20), wide[..., :20])
+    assert fit_spatial(wide, (24, 48)).shape == (1, 3, 24, 48)
 
 
 def published_file(path, model, rank=3, **changes):
@@ -467,9 +471,11 @@ def test_bad_input(flux, shapes_unet, shapes_dit):
     with pytest.raises(ValueError, match="unknown condition_type 'spacial'. Did you mean 'spatial'"):
         EasyControlAdapter.for_model(flux, rank=2, condition_type="spacial")
     adapter, picture = EasyControlAdapter.for_model(shapes_dit, rank=2), torch.zeros(1, 3, 64, 64)
-    for size in (60, 4):
-        with pytest.raises(ValueError, match=f"cond_size is {size}: give a multiple of 8"):
+    for size in (60, 4, (64, 60)):
+        with pytest.raises(ValueError, match=re.escape(f"cond_size is {size}: give a multiple of 8")):
             adapter.set_condition(shapes_dit, picture, cond_size=size)
+    with pytest.raises(ValueError, match="subjects are padded to a square, give one number"):
+        adapter.set_condition(shapes_dit, picture, "subject", cond_size=(32, 40))
     with pytest.raises(ValueError, match="start 0.5 and end 0.2"):
         adapter.set_condition(shapes_dit, picture, cond_size=32, start=0.5, end=0.2)
     with pytest.raises(TypeError, match="has no vae"):
@@ -677,6 +683,28 @@ def test_with_two_calls_per_timestep(flux):
         assert all(torch.equal(flux(**now).sample, expected) for now, expected in zip(calls, alone))
 
 
+@pytest.mark.parametrize("pipeline", [FluxImg2ImgPipeline, FluxInpaintPipeline])
+def test_on_other_pipelines_of_flux(pipeline, shapes_dit, edge):
+    """No pipeline of its own is needed: image to image and inpainting take the adapter as they are."""
+    scenes, pipe = zoo.held_out(1), pipeline(**shapes_dit.components)
+    pipe.set_progress_bar_config(disable=True)
+    edge.set_condition(pipe, edges(scenes.images))
+    settings = {"prompt": scenes.captions, "image": (scenes.images + 1) / 2, "height": 64, "width": 64}
+    settings |= {"max_sequence_length": 20, "guidance_scale": 1.0, "strength": 1.0, "num_inference_steps": 2}
+    if pipeline is FluxInpaintPipeline:
+        settings["mask_image"] = torch.ones(1, 1, 64, 64)
+
+    def run():
+        return pipe(generator=torch.Generator().manual_seed(0), output_type="pt", **settings).images
+
+    plain = run()
+    with edge.attach(pipe):
+        assert (run() - plain).abs().max() > 0.01
+        edge.set_scale(0)
+        assert torch.equal(run(), plain)
+    assert torch.equal(run(), plain)
+
+
 # Trained.
 
 
@@ -720,15 +748,48 @@ def test_it_follows_edges(edge, shapes_dit):
     assert agreement > 2 * controlled(torch.zeros_like(wanted))
 
 
-def test_it_follows_edges_in_a_shape_it_never_saw(edge, shapes_dit):
-    """80 x 64 pixels from the same square condition: nearer to its stretched edges than to those of another scene."""
+def stretched(images, width):
+    return F.interpolate(images, (64, width), mode="bilinear", antialias=True)
+
+
+@pytest.mark.parametrize("cond_size", [64, (64, 80)])
+def test_it_follows_edges_in_a_shape_it_never_saw(edge, shapes_dit, cond_size):
+    """80 x 64 pixels: nearer to the stretched edges than to those of another scene."""
     scenes = zoo.held_out(8)
     wanted = edges(scenes.images)
-    edge.set_condition(shapes_dit, wanted)
+    edge.set_condition(shapes_dit, edges(stretched(scenes.images, 80)), cond_size=cond_size)
     wide = draw(shapes_dit, scenes.captions, edge, width=80)
     assert wide.shape[-2:] == (64, 80)
-    found = edges(F.interpolate(wide, (64, 64), mode="bilinear", antialias=True))
+    found = edges(stretched(wide, 64))
     assert edge_f1(found, wanted).mean() > 1.2 * edge_f1(found, wanted.roll(1, 0)).mean()
+
+
+@pytest.mark.slow
+def test_an_unseen_shape_costs_less_than_a_fifth(edge, shapes_dit):
+    """Agreement with edges in 80 x 64 pixels, with a condition of that shape, against that in 64 x 64."""
+    scenes = zoo.held_out(48)
+    wanted = edges(scenes.images)
+
+    def agreement(width):
+        condition = edges(stretched(scenes.images, width)) if width != 64 else wanted
+        edge.set_condition(shapes_dit, condition, cond_size=(64, width))
+        with edge.attach(shapes_dit):
+            images = zoo.generate(shapes_dit, scenes.captions, 20, width=width)
+        return edge_f1(edges(stretched(images, 64)), wanted).mean()
+
+    assert agreement(80) > 0.8 * agreement(64)
+
+
+@pytest.mark.slow
+def test_three_times_the_agreement_of_scale_zero(edge, shapes_dit):
+    """Exact edge pixels, captions that leave place, size and ground open; scale 1 against scale 0."""
+    scenes = zoo.held_out(48)
+    wanted, captions = edges(scenes.images), zoo.scenes(48, 999, drop=1.0).captions
+    edge.set_condition(shapes_dit, wanted)
+    with edge.attach(shapes_dit):
+        on = iou(zoo.generate(shapes_dit, captions, 20, batch_size=48), wanted)
+        edge.set_scale(0)
+        assert on > 3 * iou(zoo.generate(shapes_dit, captions, 20, batch_size=48), wanted)
 
 
 def test_two_conditions_without_joint_training(edge, shapes_dit):
