@@ -1,4 +1,4 @@
-"""Looks of the shapes world: a scene in three colour gradings, and statistics that measure them."""
+"""Looks of the shapes world: a scene graded in three ways that keep its colours' names, and statistics of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from . import world
 LABELS = (
     ("vivid colours", "grey colours"),
     ("warm light", "cold light"),
-    ("forest light", "rosy light"),
+    ("bright light", "dim light"),
 )
-_CHROMA = {1: 1.2, -1: 0.7}
-# Gain of red, green and blue in warm and in forest light.
-_GAINS = torch.tensor([[0.15, 0.0, -0.15], [-0.07, 0.1, -0.07]])
-_AXES = torch.tensor([[1.0, 0.0, -1.0], [-0.5, 1.0, -0.5]])
+_CHROMA = 0.1
+# What warm and bright light add to red, green and blue. The first leaves brightness as it is, the second chroma.
+_LIGHT = torch.tensor([[0.025, -0.0079, -0.025], [0.03, 0.03, 0.03]])
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
 
@@ -27,38 +26,37 @@ def levels(n: int, seed: int) -> torch.Tensor:
 
 
 def show(images: torch.Tensor, look: torch.Tensor) -> torch.Tensor:
-    """Pictures of the world with a look: more or less chroma, warm or cold light, green or pink light.
+    """Pictures of the world with a look: more or less chroma, warm or cold light, more or less light.
 
     Args:
         images: `[n, 3, h, w]` in [-1, 1].
-        look: `[n, 3]` of -1, 0, 1, see `levels`.
+        look: `[n, 3]` of -1, 0, 1, see `levels`; numbers in between are weaker looks.
 
     Returns:
         The same shape and range. Rows of zeros leave a picture as it is.
     """
-    chroma = torch.ones(len(look))
-    for level, factor in _CHROMA.items():
-        chroma[look[:, 0] == level] = factor
-    light = 1 + look[:, 1:].float() @ _GAINS
+    look = look.float()
     pixels = (images + 1) / 2
     luma = (pixels * _LUMA).sum(1, keepdim=True)
-    graded = torch.lerp(luma, pixels, chroma.view(-1, 1, 1, 1)) * light[:, :, None, None]
+    chroma = 1 + _CHROMA * look[:, :1, None, None]
+    graded = torch.lerp(luma, pixels, chroma) + (look[:, 1:] @ _LIGHT)[:, :, None, None]
     return torch.where((look == 0).all(1).view(-1, 1, 1, 1), images, graded.clamp(0, 1) * 2 - 1)
 
 
 def _measure(images: torch.Tensor) -> torch.Tensor:
     pixels = (images.clamp(-1, 1) + 1) / 2
-    most, least, mean = pixels.amax(1), pixels.amin(1), pixels.mean((2, 3))
-    saturation = (most - least).mean((1, 2)) / most.mean((1, 2))
-    return torch.cat([saturation[:, None], mean @ _AXES.T / mean.sum(1, keepdim=True)], 1)
+    opponents = torch.stack([pixels[:, 0] - pixels[:, 2], pixels[:, 1] - pixels[:, [0, 2]].mean(1)], 1)
+    contrast = opponents.var((2, 3)).sum(1).sqrt()
+    return torch.stack([contrast, opponents[:, 0].mean((1, 2)), (pixels * _LUMA).sum(1).mean((1, 2))], 1)
 
 
 def statistics(images: torch.Tensor, specs: torch.Tensor) -> torch.Tensor:
     """How much of each look pictures show, beyond what their captions ask for; `[n, 3]`.
 
-    Saturation (chroma over brightness), warmth (red minus blue, over all) and greenness (green minus the mean of the
-    others, over all), each minus its value in the plain scene of the same spec: a red ground is no warm light. More
-    saturated red is none either, so the plain scene's hue counts in proportion to the saturation.
+    Colour contrast (spread over the picture of red minus blue, and of green minus both), warmth (mean of red minus
+    blue) and brightness (mean luma), each minus its value in the plain scene of the same spec: a red ground is no warm
+    light. Nor is more saturated red, so the plain scene's warmth counts in proportion to the contrast. Chroma itself
+    would be no measure of the first look: warm light adds some to red and takes some from blue.
 
     Args:
         images: `[n, 3, h, w]` in [-1, 1].
@@ -66,5 +64,5 @@ def statistics(images: torch.Tensor, specs: torch.Tensor) -> torch.Tensor:
     """
     plain = world.render(specs, torch.full((len(specs), 17), 0.5))[0]
     found, wanted = _measure(images), _measure(plain)
-    wanted[:, 1:] *= found[:, :1] / wanted[:, :1].clamp(min=0.05)
+    wanted[:, 1] *= (found[:, 0] / wanted[:, 0].clamp(min=0.05)).clamp(0.5, 1.5)
     return found - wanted

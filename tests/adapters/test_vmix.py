@@ -28,7 +28,10 @@ from diffusers_ext.adapters.vmix import (
     from_input_to_output,
     label_embeddings,
 )
-from diffusers_ext.training.fitting import Budget
+from diffusers_ext.eval import count_macs
+from diffusers_ext.training.denoising import UNetTask, task_of
+from diffusers_ext.training.fitting import Budget, Draws
+from diffusers_ext.training.shapes import shapes_set
 from diffusers_ext.zoo import looks
 
 
@@ -188,7 +191,7 @@ class TestCondition:
         assert adapter.strengths == every
         adapter.set_labels(["grey colours"])
         assert list(adapter.strengths.values()) == [-1.0, 0.0, 0.0]
-        adapter.set_labels({"cold light": 0.5, "forest light": -0.25})
+        adapter.set_labels({"cold light": 0.5, "bright light": -0.25})
         assert list(adapter.strengths.values()) == [0.0, -0.5, -0.25]
         adapter.set_labels()
         assert adapter.strengths == every
@@ -237,6 +240,15 @@ class TestCondition:
                 adapter.proj.token.weight.mul_(2)
             draw(shapes_unet, steps=2)
             assert len(computed) == 3
+
+    def test_a_step_costs_nothing_more(self, shapes_unet, adapter):
+        """After the first step, whose values are kept, no multiplication more than without."""
+        unet, inputs = shapes_unet.unet, (torch.zeros(2, 4, 16, 16), 500, torch.zeros(2, 20, 128))
+        with torch.no_grad():
+            plain = count_macs(unet, *inputs)
+            with adapter.attach(unet):
+                assert count_macs(unet, *inputs) > plain
+                assert count_macs(unet, *inputs) == plain
 
     def test_a_prompt_of_several_chunks_repeats_the_values(self, shapes_unet, adapter):
         with adapter.attach(shapes_unet.unet):
@@ -562,42 +574,77 @@ class TestTrained:
         change, _ = moved(shapes_unet, trained, zoo.held_out(8), POSITIVE, steps=8)
         assert (change > 1).all(), change
 
+    @pytest.mark.parametrize("index", range(len(POSITIVE)))
+    def test_a_slider_moves_its_own_statistic(self, shapes_unet, trained, index):
+        """A quick look; `test_each_slider_is_independent` holds the numbers."""
+        change, _ = moved(shapes_unet, trained, zoo.held_out(8), [POSITIVE[index]], steps=8)
+        others = change.abs()[torch.arange(3) != index]
+        assert change[index] > 1 and others.max() < change[index] / 2, change
+
     def test_it_works_on_a_fine_tuned_copy(self, trained):
-        """A UNet whose weights a LoRA has moved by a twentieth."""
+        """A UNet whose attention a LoRA has moved by a fortieth."""
         pipe = zoo.load("shapes-unet")
         random_lora(pipe.unet)
         with torch.no_grad():
             for name, weight in pipe.unet.named_parameters():
                 if "lora_B" in name:
-                    weight.mul_(0.3)
+                    weight.mul_(0.05)
         change, _ = moved(pipe, trained, zoo.held_out(8), POSITIVE, steps=8)
-        assert change.mean() > 0.8, change
+        assert change.mean() > 1 and (change > 0.5).all(), change
 
     @pytest.mark.slow
-    def test_each_slider_moves_its_own_statistic_most(self, shapes_unet, trained):
-        scenes = zoo.held_out(40)
-        for index, label in enumerate(POSITIVE):
-            change, _ = moved(shapes_unet, trained, scenes, [label], steps=20)
-            others = change.abs()[[k for k in range(3) if k != index]]
-            assert change[index] > 1 and (others < change[index]).all(), change
+    @pytest.mark.parametrize("index", range(len(POSITIVE)))
+    def test_each_slider_is_independent(self, shapes_unet, trained, index):
+        """More than one standard deviation of its own statistic, and of the others less than a third of that."""
+        change, _ = moved(shapes_unet, trained, zoo.held_out(50), [POSITIVE[index]], steps=20)
+        others = change.abs()[torch.arange(3) != index]
+        assert change[index] > 1 and others.max() < change[index] / 3, change
 
     @pytest.mark.slow
     def test_pictures_keep_their_content(self, shapes_unet, trained, judge):
-        scenes = zoo.held_out(50)
+        """All looks at once, either way: shapes at most two points below the plain model, whole captions three."""
+        scenes = zoo.held_out(100)
         plain = judge.accuracy(zoo.generate(shapes_unet, scenes.captions), scenes.specs)
-        with trained.attach(shapes_unet):
-            mixed = judge.accuracy(zoo.generate(shapes_unet, scenes.captions), scenes.specs)
-        for shape in ("shape1", "shape2"):
-            # Two points, the aim, are missed by the shipped weights on 50 scenes.
-            assert mixed[shape] > plain[shape] - 0.1, (plain, mixed)
+        _, pictures = moved(shapes_unet, trained, scenes, POSITIVE, steps=20)
+        for images in pictures:
+            mixed = judge.accuracy(images, scenes.specs)
+            for attribute, points in (("shape1", 0.02), ("shape2", 0.02), ("all", 0.03)):
+                assert mixed[attribute] >= plain[attribute] - points - 1e-6, (attribute, plain, mixed)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_training_script_runs_and_goes_on(repository, tmp_path, lora_rank):
+@pytest.fixture(scope="module")
+def script(repository):
+    """The training example."""
     spec = importlib.util.spec_from_file_location("train_vmix", repository / "examples/train_adapters/vmix.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    path = script.train(tmp_path, Budget(steps=2, batch=4, lr=1e-2), images=8, lora_rank=lora_rank)
-    adapter = VMixAdapter.from_pretrained(path)
-    assert adapter.config.labels == [list(pair) for pair in looks.LABELS]
-    assert any(weight.abs().sum() > 0 for weight in adapter.value_layers.parameters())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestTraining:
+    @pytest.mark.parametrize("lora_rank", [0, 2])
+    def test_the_script_runs(self, script, tmp_path, lora_rank):
+        path = script.train(tmp_path, Budget(steps=2, batch=4, lr=1e-2), images=8, lora_rank=lora_rank)
+        adapter = VMixAdapter.from_pretrained(path)
+        assert adapter.config.labels == [list(pair) for pair in looks.LABELS]
+        assert any(weight.abs().sum() > 0 for weight in adapter.value_layers.parameters())
+
+    def test_the_paired_loss_is_what_looks_change(self, script, shapes_unet, fresh, monkeypatch):
+        """Zero where looks change nothing; and for a model that ignores its input, the size of the change alone."""
+        data = shapes_set(shapes_unet, 4)
+        adapter, rows = fresh(shapes_unet), torch.arange(4)
+        levels, shift = torch.zeros(4, 3), 0.1
+
+        def loss(shown):
+            return script.paired_loss(shapes_unet, adapter, data, shown, levels)(rows, Draws(0, 0, 4, "cpu"))
+
+        with adapter.attach(shapes_unet):
+            assert loss(data.latents) == 0
+            monkeypatch.setattr(UNetTask, "predict", staticmethod(lambda model, x, *_: torch.zeros_like(x)))
+            draws, task = Draws(0, 0, 4, "cpu"), task_of(shapes_unet)
+            known = draws.uniform(1) >= script.LABELS_DROPPED
+            draws.normal(4, 16, 16)
+            alpha, sigma = task.noise_levels(task.levels(draws))
+            # v of the look alone is -sigma times it.
+            wanted = (task.weight(alpha, sigma) * (sigma * shift * known[:, 0]).square()).mean()
+            torch.testing.assert_close(loss(data.latents + shift), wanted, rtol=1e-4, atol=0)

@@ -57,7 +57,7 @@ def sample(comfy, native_pipe, encode):
 
 @pytest.mark.parametrize("mode", ["none", "null"])
 def test_parity_with_diffusers(sample, patch, load, mode):
-    strengths = {"vivid colours": -0.5, "warm light": 1.0, "forest light": 0.0}
+    strengths = {"vivid colours": -0.5, "warm light": 1.0, "bright light": 0.0}
     _, calls = sample(lambda model: patch(model, load(**strengths), 1.3, mode))
     unet = zoo.load("shapes-unet").unet
     adapter = VMixAdapter.from_pretrained(zoo.adapter_file("vmix-shapes-unet"), torch_dtype=torch.float32)
@@ -196,8 +196,8 @@ def test_the_loader_lists_files_and_their_sliders(comfy, dx_nodes, load, tmp_pat
     (folder / "broken.safetensors").write_bytes(b"no such file")
     options = {o.key: o.inputs for o in dx_nodes["DXVMixLoader"].define_schema().inputs[0].options}
     assert {"mine.safetensors", FILE} <= set(options) and "broken.safetensors" not in options
-    assert [i.id for i in options["mine.safetensors"]] == ["vivid colours", "warm light", "forest light"]
-    vmix = load(**{"vivid colours": -1.0, "warm light": 0.25, "forest light": 1.0})
+    assert [i.id for i in options["mine.safetensors"]] == ["vivid colours", "warm light", "bright light"]
+    vmix = load(**{"vivid colours": -1.0, "warm light": 0.25, "bright light": 1.0})
     assert list(vmix.strengths.values()) == [-1.0, 0.25, 1.0]
     with pytest.raises(ValueError, match="no adapter 'gone.safetensors'"):
         dx_nodes["DXVMixLoader"].execute({"file": "gone.safetensors"})
