@@ -275,9 +275,12 @@ class EasyControlAdapter(Adapter):
         covers = 2 ** len(vae.config.block_out_channels)
         if any(side < covers or side % covers for side in _sides(size)):
             raise ValueError(f"cond_size is {size}: give a multiple of {covers}, the pixels that a token covers")
-        if kind == "subject" and not isinstance(size, int):
+        if kind == "spatial":
+            pictures = fit_spatial(_pictures(image), size)
+        elif isinstance(size, int):
+            pictures = fit_subject(_pictures(image), size)
+        else:
             raise ValueError(f"cond_size is {size}: subjects are padded to a square, give one number")
-        pictures = (fit_spatial if kind == "spatial" else fit_subject)(_pictures(image), size)
         with torch.no_grad():
             posterior = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist
         z = posterior.mean if generator is None else posterior.sample(generator)
