@@ -166,7 +166,7 @@ def moved_time_ids(ids: torch.Tensor, chunk: Sequence[Size], pixels: int) -> tor
         kind="attention",
         title="Any-Size-Diffusion: Toward Efficient Text-Driven Synthesis for Any-Size HD Images",
         arxiv="2308.16582",
-        summary="Enlarges pictures to any size tile by tile without seams, at the price of tiles that do not overlap",
+        summary="Enlarges pictures to any size tile by tile: the grid moves at every step, so that no seam stays",
         targets=("unet", "dit", "mmdit"),
         predictions=("epsilon", "v_prediction", "sample", "flow_prediction"),
         nodes=("DXSeamlessTiledDiffusion",),
