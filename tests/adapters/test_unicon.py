@@ -676,7 +676,7 @@ class TestLearnt:
         short = Draws(32, keep=())
         free = short.layout(short.free(), 0)
         assert short.layout(short.controlled("depth"), 0) > 4 * free
-        assert short.layout(short.controlled("edge"), 0) > 2.5 * free  # measured: 3.1, in 20 steps 2.8
+        assert short.layout(short.controlled("edge"), 0) > 2.9 * free  # in 20 steps 3.03
 
     def test_edges_of_x_are_estimated(self, draws):
         found = (draws.estimated("edge") > 0.5).float()
