@@ -134,17 +134,20 @@ def test_transformer_parity_with_diffusers(sample, apply, adapters, picture):
     assert not torch.allclose(out, plain[0][-1], atol=1e-2)
 
 
-def test_a_control_that_does_not_depend_on_the_step_is_computed_once(sample, apply, control_net, monkeypatch, picture):
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_control_that_does_not_depend_on_the_step_is_computed_once(
+    sample, apply, control_net, monkeypatch, picture, strength
+):
     """ControlNet and adapter run once per picture, and say what they say in diffusers."""
     adapter = made("shapes-unet", skip_conv_in=True, fixed_controlnet_timestep=500, fixed_adapter_timestep=300)
     ran, forward = [], control_net.control_model.forward
     monkeypatch.setattr(control_net.control_model, "forward", lambda *a, **k: ran.append(1) or forward(*a, **k))
     note = adapter.register_forward_hook(lambda *_: ran.append(2))
-    _, calls = sample("shapes-unet", lambda *conds: apply(*conds, adapter), steps=4)
+    _, calls = sample("shapes-unet", lambda *conds: apply(*conds, adapter, strength=strength), steps=4)
     note.remove()
     assert len(calls) == 4 and sorted(ran) == [1, 2]
     unet, empty = zoo.load("shapes-unet").unet, own_text("")
-    with torch.no_grad(), adapter.attach(unet):
+    with torch.no_grad(), adapter.attach(unet, strength):
         for x, t, context, _, out in calls[::3]:
             rows = [empty if torch.allclose(c, empty[0], atol=1e-4) else own_text(CAPTION) for c in context]
             adapter.control = CtrlAdapterControl(
