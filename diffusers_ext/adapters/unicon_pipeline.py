@@ -183,8 +183,7 @@ class UniConPipeline(StableDiffusionPipeline):
         """
         joined, count = self._joined(pairs, images, prompts)
         images, masks = _per_input("images", images, count), _per_input("masks", masks, count)
-        latents = _per_input("latents", latents, count)
-        strengths = _strengths(strengths, images, count)
+        latents, strengths = _per_input("latents", latents, count), _strengths(strengths, images, count)
         scales = [guidance_scale] * count if isinstance(guidance_scale, (int, float)) else list(guidance_scale)
         _require_length("guidance_scale", scales, count)
         texts = tuple([_texts(said, i, count) for i in range(count)] for said in (prompts, negative_prompts))
@@ -194,22 +193,17 @@ class UniConPipeline(StableDiffusionPipeline):
         self._guidance_scale, self._clip_skip, self._interrupt = max(scales), clip_skip, False
         self._cross_attention_kwargs = None
         text = self._text(texts, joined, batch, num_images_per_prompt)
-        batch *= num_images_per_prompt
-
-        inputs, schedule = self._prepare(
-            known, strengths, num_inference_steps, (batch, height, width), generator, latents, text.dtype
-        )
+        size = (batch * num_images_per_prompt, height, width)
+        inputs, schedule = self._prepare(known, strengths, num_inference_steps, size, generator, latents, text.dtype)
         for one, mask in zip(inputs, masks):
             one.mask = None if mask is None else self._mask(mask, one.latents)
         extra = self.prepare_extra_step_kwargs(generator, eta)
-        with self.progress_bar(total=len(schedule)) as bar:
-            for step, places in enumerate(schedule):
-                if self.interrupt:
-                    continue
-                outputs = self._predict(inputs, places, text, joined, joint_scale, scales, cond_guidance_scale)
-                self._advance(inputs, outputs, strengths, schedule, step, extra)
-                self._report(callback_on_step_end, step, inputs, places)
-                bar.update()
+        for step, places in enumerate(self.progress_bar(schedule)):
+            if self.interrupt:
+                continue
+            outputs = self._predict(inputs, places, text, joined, joint_scale, scales, cond_guidance_scale)
+            self._advance(inputs, outputs, strengths, schedule, step, extra)
+            self._report(callback_on_step_end, step, inputs, places)
         drawn = [self._decoded(one.latents, output_type) for one in inputs]
         self.maybe_free_model_hooks()
         return UniConPipelineOutput(drawn) if return_dict else (drawn,)
