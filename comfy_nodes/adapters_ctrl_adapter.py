@@ -68,9 +68,7 @@ class AdaptedControl(ControlBase):
         if t[0] > first or t[0] < last:
             return previous
         found = self._once(x_noisy, t, cond, batched_number, transformer_options)
-        # merging multiplies by the strength in place, and what is kept must stay as it is
-        copies = {part: [None if r is None else r.clone() for r in residuals] for part, residuals in found.items()}
-        return self.control_merge(copies, previous, None)
+        return self.control_merge(found, previous, None)
 
     def _once(self, x: torch.Tensor, t: torch.Tensor, cond: dict, *rest: Any) -> dict:
         """`_adapted`, or what it gave for the same prompts in an earlier step, where the step makes no difference."""
