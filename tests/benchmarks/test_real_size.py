@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import diffusers_ext
 from benchmarks import _real_size as real
 from benchmarks import cache, run
-from diffusers_ext import BACConfig, DeltaDiTConfig, RASConfig
+from diffusers_ext import BACConfig, DeepCacheConfig, DeltaDiTConfig, FasterDiffusionConfig, RASConfig
+from diffusers_ext.caching.faster_diffusion import key_step_list
+from diffusers_ext.eval import count_macs
 from diffusers_ext.registry import get_method
 
 
@@ -37,6 +40,27 @@ def test_the_short_run_has_the_steps_of_the_whole_one(config):
         for c, count in ((config, 20), (cache._short(config), real.SHORT))
     )
     assert set(whole) == {short[0], short[1]} and short[0] == max(whole) > short[1]
+
+
+def _gain(denoiser, config, counts):
+    """Operations of a plain run over those of one with `counts` full and cheap steps."""
+    with diffusers_ext.apply(denoiser.pipe, config):
+        step = denoiser.steps(real.SHORT)
+        full, cheap = count_macs(step), count_macs(step)
+    return sum(counts) * full / (counts[0] * full + counts[1] * cheap)
+
+
+def test_papers_gains_in_operations():
+    """What the papers report at real size, and half of the operations for RAS as it is by default."""
+    plan = RASConfig().plan(28)
+    cheap = sum(plan.skipped(step, 4096) > 0 for step in range(28))
+    ras = replace(RASConfig(), start_step=1, error_reset_steps=())
+    assert _gain(real.stable_diffusion_3("meta"), ras, (28 - cheap, cheap)) > 2.0
+    unet = real.stable_diffusion("meta")
+    assert _gain(unet, DeepCacheConfig(cache_interval=5), (1, 4)) > 2.3
+    keys = len(key_step_list(50, "50ls"))
+    # 37,050 and 27,350 billion operations in the paper.
+    assert _gain(unet, FasterDiffusionConfig(key_steps=2), (keys, 50 - keys)) > 1.354
 
 
 def test_timed_steps_run_beside_a_twin_with_the_same_weights():
