@@ -101,16 +101,21 @@ def require_flux(model: Any, adapter: Any) -> None:
             )
 
 
-def condition_latents(model: Any, vae: Any, image: torch.Tensor, kind: str, size: int) -> torch.Tensor:
-    """Latents of an IMAGE `[n, h, w, c]`, as the model sees latents."""
+def condition_latents(
+    model: Any, vae: Any, image: torch.Tensor, kind: str, width: int, height: int = 0
+) -> torch.Tensor:
+    """Latents of an IMAGE `[n, h, w, c]` of this size (height 0: a square), as the model sees latents."""
     from diffusers_ext.adapters.easycontrol import fit_spatial, fit_subject
 
     covers = 2 * vae.spacial_compression_encode()
-    if size % covers:
-        raise ValueError(f"cond_size is {size}: give a multiple of {covers}, the pixels that a token covers")
+    for name, side in (("cond_size", width), ("cond_height", height)):
+        if side % covers:
+            raise ValueError(f"{name} is {side}: give a multiple of {covers}, the pixels that a token covers")
+    if height and kind == "subject":
+        raise ValueError(f"cond_height is {height}: subjects are padded to a square, leave it at 0")
     pictures = image[..., :3].movedim(-1, 1) * 2 - 1
-    pictures = (fit_spatial if kind == "spatial" else fit_subject)(pictures, size)
-    latents = vae.encode((pictures.movedim(1, -1) + 1) / 2)
+    fitted = fit_subject(pictures, width) if kind == "subject" else fit_spatial(pictures, (height or width, width))
+    latents = vae.encode((fitted.movedim(1, -1) + 1) / 2)
     return model.get_model_object("latent_format").process_in(latents)
 
 

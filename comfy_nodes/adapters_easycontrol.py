@@ -79,8 +79,8 @@ class DXEasyControlApply(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Side of the condition in pixels; fewer are faster and less exact. 0: as trained (512 for "
-                    "the authors' files).",
+                    tooltip="Side of the condition in pixels, or its width if cond_height is given; fewer are faster "
+                    "and less exact. 0: as trained (512 for the authors' files).",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="No control before this part."
@@ -88,13 +88,34 @@ class DXEasyControlApply(io.ComfyNode):
                 io.Float.Input(
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="No control after this part."
                 ),
+                io.Int.Input(
+                    "cond_height",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    optional=True,
+                    tooltip="Height of a spatial condition that is no square, such as the image's own: wide and tall "
+                    "images follow it more closely then. 0: a square of cond_size.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model under control. Works with every sampler node.")],
         )
 
     @classmethod
     def execute(
-        cls, model, vae, easycontrol, image, strength, condition_type, cond_size, start_percent, end_percent
+        cls,
+        model,
+        vae,
+        easycontrol,
+        image,
+        strength,
+        condition_type,
+        cond_size,
+        start_percent,
+        end_percent,
+        cond_height=0,
     ) -> io.NodeOutput:
         native.require_flux(model, easycontrol)
         patched, adapter = model.clone(), copy.copy(easycontrol)
@@ -102,7 +123,8 @@ class DXEasyControlApply(io.ComfyNode):
             return io.NodeOutput(patched)
         adapter.set_scale(strength)
         kind = adapter.config.condition_type if condition_type == FROM_FILE else condition_type
-        latents = native.condition_latents(model, vae, image, kind, cond_size or adapter.config.cond_size)
+        width = cond_size or adapter.config.cond_size
+        latents = native.condition_latents(model, vae, image, kind, width, cond_height)
         sigmas = tuple(map(model.get_model_object("model_sampling").percent_to_sigma, (start_percent, end_percent)))
         control = native.NativeControl(adapter, latents, kind, sigmas)
         key = f"diffusers_ext.easycontrol.{id(control)}"

@@ -476,7 +476,7 @@ def easycontrol_images(
     """
     first = next(iter(flux_attentions(_flux(pipe)).values())).processor
     adapters = [bank.owner for bank in getattr(first, "banks", ())]
-    pairs = []
+    pairs: list[tuple[EasyControlAdapter, Any]] = []
     for kind, images in zip(KINDS, (spatial_images, subject_images)):
         takers = [adapter for adapter in adapters if adapter.config.condition_type == kind]
         if len(takers) != len(images):

@@ -36,10 +36,10 @@ def picture():
 
 @pytest.fixture
 def control(dx_nodes, native_pipe, picture):
-    def node(model, adapter, strength=1.0, kind=FILE, size=0, start=0.0, end=1.0, image=picture):
+    def node(model, adapter, strength=1.0, kind=FILE, size=0, start=0.0, end=1.0, image=picture, **more):
         vae = native_pipe("shapes-dit")[2]
         run = dx_nodes["DXEasyControlApply"].execute
-        return run(model, vae, adapter, image, strength, kind, size, start, end).args[0]
+        return run(model, vae, adapter, image, strength, kind, size, start, end, **more).args[0]
 
     return node
 
@@ -97,6 +97,18 @@ def test_parity_with_diffusers(sample, control, picture):
     subject.set_condition(plain, image, cond_size=16)
     assert gap(calls, replayed(calls, (edge, 1.0), (subject, 0.7))) < 1e-4
     assert gap(calls, replayed(calls)) > 1e-2, "the control does something"
+
+
+def test_a_condition_of_the_picture_s_own_shape(sample, control, picture, dx_nodes):
+    """Width and height: as `cond_size=(height, width)` in diffusers; left out, as in old workflows, a square."""
+    height = next(i for i in dx_nodes["DXEasyControlApply"].define_schema().inputs if i.id == "cond_height")
+    assert height.optional and height.default == 0
+    edge, plain = made(), zoo.load("shapes-dit")
+    _, calls = sample(lambda m: control(m, edge, size=48, cond_height=32), shape=(16, 24))
+    edge.set_condition(plain, picture.movedim(-1, 1) * 2 - 1, cond_size=(32, 48))
+    assert gap(calls, replayed(calls, (edge, 1.0))) < 1e-4
+    edge.set_condition(plain, picture.movedim(-1, 1) * 2 - 1, cond_size=48)
+    assert gap(calls, replayed(calls, (edge, 1.0))) > 1e-3
 
 
 def test_guidance_reaches_the_condition(comfy):
@@ -191,3 +203,7 @@ def test_bad_input(control, native_pipe):
         control(model, EasyControlAdapter(1, 8, 128, rank=2))
     with pytest.raises(ValueError, match="cond_size is 36: give a multiple of 8"):
         control(model, made(), size=36)
+    with pytest.raises(ValueError, match="cond_height is 20: give a multiple of 8"):
+        control(model, made(), cond_height=20)
+    with pytest.raises(ValueError, match="cond_height is 32: subjects are padded to a square"):
+        control(model, made(), kind="subject", cond_height=32)
