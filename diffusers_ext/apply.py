@@ -21,6 +21,10 @@ __all__ = ["Applied", "Attachment", "MethodConfig", "Preflight", "apply", "check
 
 logger = logging.getLogger(__name__)
 _ACTIVE = "_diffusers_ext_active"
+NO_COPIES = (
+    "a model with methods on it cannot be copied, as the copy would share them with the original: remove methods "
+    "before copying (handle.remove() or diffusers_ext.remove(target)) and apply them to each"
+)
 
 
 def denoiser_of(target: Any) -> torch.nn.Module:
@@ -129,6 +133,9 @@ class Applied:
     def summary(self) -> dict[str, dict[str, Any]]:
         """Figures of the last run by method slug."""
         return {config.method.slug: dict(attachment.summary()) for config, attachment in self.attachments}
+
+    def __deepcopy__(self, memo: dict) -> Applied:
+        raise RuntimeError(NO_COPIES)
 
     def __enter__(self) -> Applied:
         return self

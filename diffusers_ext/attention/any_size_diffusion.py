@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..caching._common import (
     PREFIX,
@@ -244,6 +245,7 @@ class SeamlessTilingConfig(MethodConfig):
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.offset_mode not in MODES:
             raise ValueError(unknown("offset_mode", self.offset_mode, MODES))
         if self.window not in ("gaussian", "uniform"):

@@ -20,6 +20,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.overrides import TorchFunctionMode
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..caching._common import PREFIX, Inputs, install
 from ..registry import Claim, MethodRecord, register
@@ -279,9 +280,10 @@ class AttentionEntropyScalingConfig(MethodConfig):
     count_text: bool = True
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.base_size is not None:
             size = tuple(self.base_size)
-            if len(size) != 2 or not all(isinstance(s, int) and s >= 1 for s in size):
+            if min(size) < 1:
                 raise ValueError(
                     f"base_size is {self.base_size}; accepted: (height, width) of the latents in training"
                 )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..caching._common import (
     PREFIX,
@@ -330,6 +331,7 @@ class HiDiffusionConfig(MethodConfig):
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name in ("t1_ratio", "t2_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -340,7 +342,7 @@ class HiDiffusionConfig(MethodConfig):
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; accepted: whole numbers from 1")
         if self.base_size is not None:
             size = tuple(self.base_size)
-            if len(size) != 2 or not all(isinstance(s, int) and s >= 1 for s in size):
+            if min(size) < 1:
                 raise ValueError(
                     f"base_size is {self.base_size}; accepted: (height, width) of the latents in training"
                 )

@@ -16,6 +16,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, WanTransfor
 from diffusers.hooks import ModelHook
 from torch.overrides import TorchFunctionMode
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..caching._common import (
     PREFIX,
@@ -267,10 +268,11 @@ class VMoBAConfig(MethodConfig):
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name, length in (("block_2d", 2), ("block_3d", 3)):
             value = getattr(self, name)
             if value is not None:
-                if len(value) != length or not all(isinstance(n, int) and n >= 1 for n in value):
+                if min(value) < 1:
                     raise ValueError(f"{name} is {value!r}; accepted: {length} whole numbers from 1, or None")
                 object.__setattr__(self, name, tuple(value))
         rules = (

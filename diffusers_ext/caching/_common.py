@@ -15,6 +15,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
+from ..apply import NO_COPIES
 from ..eval.macs import count_macs
 
 
@@ -302,10 +303,17 @@ class RunHook(ModelHook, Generic[S]):
         self.paused = True
 
 
+class _Single:
+    """Refuses to be copied. A copied module would run diffusers' hooks, and with them the original's weights."""
+
+    def __deepcopy__(self, memo: dict) -> _Single:
+        raise RuntimeError(NO_COPIES)
+
+
 def install(
     model: torch.nn.Module, hooks: Iterable[tuple[torch.nn.Module, ModelHook]], name: str
 ) -> Callable[[], None]:
-    """Register hooks under `name` and wire the end-of-run reset. All or nothing.
+    """Register hooks under `name` and wire the end-of-run reset. All or nothing. Until undone, copying is refused.
 
     Returns:
         Function that takes them off and leaves every module as it was.
@@ -326,6 +334,7 @@ def install(
 
     try:
         for module, hook in hooks:
+            hook.single = _Single()  # type: ignore[attr-defined]
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
             done.append((module, hook))
         if not hasattr(model, _RESET):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..registry import Claim, MethodRecord, register, unknown
 from ._a_sdm_modules import GRANULARITIES, BranchHook, is_preset, preset_names, selected
@@ -150,6 +151,7 @@ class FeatureInheritanceConfig(MethodConfig):
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         if isinstance(self.modules, str):
             names: tuple[str, ...] = (self.modules,)
             if not is_preset(self.modules):

@@ -20,6 +20,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS, _ATTENTION_CLASSES, _FEEDFORWARD_CLASSES
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..eval.macs import macs_by_module
 from ..registry import Claim, MethodRecord, register
@@ -295,6 +296,7 @@ class BACConfig(MethodConfig):
     origin: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; accepted: whole numbers from 1")
         if self.schedule is None:
@@ -303,7 +305,7 @@ class BACConfig(MethodConfig):
             return
         if self.num_inference_steps is None or self.num_updates is not None:
             raise ValueError("a schedule comes with num_inference_steps, the steps it is for, and no num_updates")
-        given = {name: tuple(int(step) for step in steps) for name, steps in self.schedule.items()}
+        given = {name: tuple(steps) for name, steps in self.schedule.items()}
         object.__setattr__(self, "schedule", given)
         for name, steps in given.items():
             _require_steps(name, steps, self.num_inference_steps)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.models.unets import unet_2d_blocks
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..registry import Claim, MethodRecord, register
 from ._common import PREFIX, map_tensors, outlines, refuse_fused_qkv, refuse_other_caches, tensors_in
@@ -183,6 +184,7 @@ class DeepCacheConfig(MethodConfig):
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.cache_interval < 1:
             raise ValueError(f"cache_interval is {self.cache_interval}; accepted: whole numbers from 1")
         if (self.cache_block_id is None) != (self.cache_layer_id is None):

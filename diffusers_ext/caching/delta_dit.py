@@ -17,6 +17,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks._common import _SPATIAL_TRANSFORMER_BLOCK_IDENTIFIERS, _TEMPORAL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..registry import Claim, MethodRecord, register
 from ._common import (
@@ -361,6 +362,7 @@ class DeltaDiTConfig(MethodConfig):
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.cache_interval < 1:
             raise ValueError(f"cache_interval is {self.cache_interval}; accepted: whole numbers from 1")
         if self.num_cached_blocks is not None and self.num_cached_blocks < 1:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..registry import Claim, MethodRecord, register
 from ._common import (
@@ -348,6 +349,7 @@ class FasterDiffusionConfig(MethodConfig):
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         keys = self.key_steps
         if isinstance(keys, str) and keys not in _NAMED:
             raise ValueError(f"key_steps is {keys!r}; accepted names: {', '.join(_NAMED)}")

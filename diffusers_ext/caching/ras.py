@@ -17,6 +17,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTrans
 from diffusers.hooks import ModelHook
 from torch.overrides import TorchFunctionMode
 
+from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..registry import Claim, MethodRecord, register
 from ._common import (
@@ -365,6 +366,7 @@ class RASConfig(MethodConfig):
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.error_reset_steps is not None:
             object.__setattr__(self, "error_reset_steps", tuple(sorted(set(self.error_reset_steps))))
         rules = (
