@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..apply import Applied, Attachment, MethodConfig, apply, denoiser_of
 from ..caching._common import Inputs, place_of
-from ..registry import MethodRecord
+from ..registry import MethodRecord, unknown
 
 
 _CONFIG = "config"  # name of the metadata entry of a single file
@@ -137,13 +138,18 @@ class Adapter(ModelMixin, ConfigMixin):
         def before_call(_, args: tuple, kwargs: dict) -> None:
             arguments = signature.bind(model, *args, **kwargs).arguments
             self._follow(Inputs.of(arguments).sample)
-            self.begin_call(target, arguments)
+            running, _ = running_pipeline()
+            self.begin_call(running or target, arguments)
 
         with ExitStack() as undo:
+            undo.callback(torch.compiler.reset)
             undo.callback(setattr, self, "_handle", None)
             undo.callback(model.register_forward_pre_hook(before_call, with_kwargs=True).remove)
-            self.to(model.device, model.dtype)
+            if model.device.type != "meta":  # offloaded: the adapter follows when the model is called
+                self.to(model.device, model.dtype)
             self.install(target, undo)
+            # Compiled graphs of modules do not notice hooks that come or go.
+            torch.compiler.reset()
             return undo.pop_all().close
 
     def _follow(self, sample: torch.Tensor) -> None:
@@ -174,22 +180,30 @@ class Adapter(ModelMixin, ConfigMixin):
 
         Args:
             pretrained_model_name_or_path: Folder, or path of a `.safetensors` file.
-            kwargs: For folders those of `ModelMixin.from_pretrained`; for files only `torch_dtype`.
+            kwargs: For folders those of `ModelMixin.from_pretrained`; for files `torch_dtype`, and fields of the
+                config that the file does not tell or tells otherwise.
 
         Raises:
+            FileNotFoundError: There is no such file or folder.
             ValueError: Tensors are missing, unknown, or of another shape than the config says.
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_file():
             return cls._from_file(path, **kwargs)
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is neither a folder nor a file: adapters are loaded from your disk only")
         asked = kwargs.pop("output_loading_info", False)
         model, found = super().from_pretrained(path, output_loading_info=True, **kwargs)
         _require_complete(cls, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
         return (model, found) if asked else model
 
     @classmethod
-    def _from_file(cls, path: Path, torch_dtype: torch.dtype | None = None) -> Adapter:
+    def _from_file(cls, path: Path, torch_dtype: torch.dtype | None = None, **changes: Any) -> Adapter:
         _require_suffix(path)
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        for name in changes:
+            if name not in known:
+                raise ValueError(unknown(f"field of {cls.__name__}'s config", name, known))
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -202,7 +216,7 @@ class Adapter(ModelMixin, ConfigMixin):
             raise ValueError(f"{path.name} holds a {metadata.get('class')}, not a {cls.__name__}: use its class")
         else:
             config = json.loads(metadata[_CONFIG])
-        return cls._assembled(config, tensors, torch_dtype)
+        return cls._assembled({**config, **changes}, tensors, torch_dtype)
 
     @classmethod
     def _assembled(
@@ -246,16 +260,36 @@ def _require_complete(cls: type, missing: Any, unexpected: Any, mismatched: Any)
         )
 
 
-def conditional_rows(target: Any, batch: int) -> slice:
-    """Rows of a denoiser batch that see the prompt.
+def running_pipeline() -> tuple[Any, Mapping[str, Any]]:
+    """The pipeline whose call is going on, and that call's local variables; None outside of a pipeline.
+
+    It need not be the one an adapter was attached to: pipelines share their models.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame.f_locals["self"], frame.f_locals
+        frame = frame.f_back
+    return None, {}
+
+
+def conditional_rows(batch: int) -> slice:
+    """Rows of a denoiser batch that see the prompt, in the pipeline call that is going on.
 
     Pipelines put the unconditional rows of classifier-free guidance first and those of perturbed-attention guidance
-    last. For a model without a pipeline all rows count.
+    last. Outside of a pipeline all rows count.
+
+    Raises:
+        ValueError: A pipeline with another order of rows, or rows that its guidance does not divide.
     """
-    guided = getattr(target, "_guidance_scale", None) is not None and bool(
-        getattr(target, "do_classifier_free_guidance", False)
-    )
-    perturbed = getattr(target, "_pag_scale", None) is not None and bool(target.do_perturbed_attention_guidance)
+    pipeline, names = running_pipeline()
+    told = names.get("do_classifier_free_guidance", False)  # pipelines without a property decide in their call
+    guided = bool(getattr(pipeline, "do_classifier_free_guidance", told))
+    if guided and getattr(pipeline, "image_guidance_scale", None) is not None:
+        raise ValueError(
+            f"{type(pipeline).__name__} puts the rows of the prompt first: adapters do not know its batches"
+        )
+    perturbed = getattr(pipeline, "_pag_scale", None) is not None and bool(pipeline.do_perturbed_attention_guidance)
     parts = 1 + guided + perturbed
     if batch % parts:
         raise ValueError(f"a batch of {batch} does not divide into the {parts} parts that the pipeline's guidance has")

@@ -291,7 +291,7 @@ class CtrlAdapterModel(Adapter):
     def _forget(self) -> None:
         """Drop what is kept between the steps of a picture."""
         self._constant: tuple[Any, Any, Any] = (None, None, None)
-        self._adapted: tuple[Any, Any, Any] = (None, None, None)
+        self._adapted: list[tuple[Any, Any, Any]] = []
 
     def _residuals(
         self, target: Any, backbone: UNetBackbone | FluxBackbone, arguments: Mapping[str, Any]
@@ -314,7 +314,7 @@ class CtrlAdapterModel(Adapter):
         rows, frames, ids = len(call.latents), call.frames, control.sparse_frame_ids
         keep = slice(None) if ids is None else frame_rows(rows, frames, ids, call.latents.device)
         keys = frames if ids is None else len(ids)
-        before = conditional_rows(target, rows // frames).start * keys
+        before = conditional_rows(rows // frames).start * keys
         down, mid = self._controlled(control, call.latents[keep], time[keep], before, keys)
         down, mid = self._mapped(down, mid, call, time[keep], keep)
         if isinstance(backbone, UNetBackbone):
@@ -345,9 +345,10 @@ class CtrlAdapterModel(Adapter):
         self, down: list[torch.Tensor], mid: torch.Tensor, call: Call, time: torch.Tensor, keep: slice | torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """`forward`, or what it gave for the same constant residuals and context in an earlier step."""
-        fixed, (given, context, outputs) = self.config.fixed_adapter_timestep, self._adapted
-        if given is down and (context is call.context or torch.equal(context, call.context)):
-            return outputs
+        for given, context, outputs in self._adapted:
+            if given is down and (context is call.context or torch.equal(context, call.context)):
+                return outputs
+        fixed = self.config.fixed_adapter_timestep
         outputs = self(
             [d.to(call.latents) for d in down],
             mid.to(call.latents),
@@ -356,13 +357,10 @@ class CtrlAdapterModel(Adapter):
             num_frames=call.frames,
             sparse_frame_ids=self.control.sparse_frame_ids,
         )
-        if (
-            fixed >= 0
-            and self._constant[2] is not None
-            and self._constant[2][0] is down
-            and not torch.is_grad_enabled()
-        ):
-            self._adapted = (down, call.context, outputs)
+        constant = self._constant[2] is not None and self._constant[2][0] is down
+        if fixed >= 0 and constant and not torch.is_grad_enabled():
+            # Two: Flux's true guidance calls the model with the prompt and with the negative prompt in turn.
+            self._adapted = [*self._adapted[-1:], (down, call.context, outputs)]
         return outputs
 
     def forward(

@@ -362,7 +362,7 @@ class CSCTuner(_SkipAdapter):
                 f"condition pictures of {list(self._images.shape[-2:])} pixels for latents that need {wanted}: resize "
                 "them to the size of the picture to draw"
             )
-        part = conditional_rows(target, len(latents)).start or len(latents)
+        part = conditional_rows(len(latents)).start or len(latents)
         if part % len(self._images):
             raise ValueError(
                 f"{len(self._images)} condition pictures for {part} pictures in a batch: give one, or one per picture"

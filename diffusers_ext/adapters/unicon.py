@@ -22,7 +22,7 @@ from torch import nn
 from ..apply import denoiser_of
 from ..caching._common import Inputs, map_tensors, refuse_fused_qkv, unregister
 from ..registry import Claim, MethodRecord, register
-from ._common import Adapter, conditional_rows
+from ._common import Adapter, conditional_rows, running_pipeline
 from ._unicon_joint import (
     POST_JOINTS,
     PROJECTIONS,
@@ -345,18 +345,19 @@ class _Companions(ModelHook):
 
     def _extend(self, arguments: dict[str, Any], adapters: Sequence[UniConAdapter]) -> None:
         """Append the rows of every adapter's y to a call, and tell the adapters."""
-        if getattr(self.target, "do_perturbed_attention_guidance", False):
+        pipeline = running_pipeline()[0] or self.target
+        if getattr(pipeline, "do_perturbed_attention_guidance", False):
             raise ValueError(
                 "perturbed attention guidance counts the rows of a batch, to which UniCon adds those of y: set "
                 "pag_scale=0"
             )
         sample, count = Inputs.of(arguments).sample, 1 + len(adapters)
         batch, device = len(sample), sample.device
-        part = conditional_rows(self.target, batch).start or batch
+        part = conditional_rows(batch).start or batch
         conditions = [_spread(adapter._condition, part, batch, sample) for adapter in adapters]
         text = [_text_for(adapter, arguments["encoder_hidden_states"], part) for adapter in adapters]
         time = torch.as_tensor(arguments["timestep"], device=device).expand(batch)
-        clean = time.new_full([batch * len(adapters)], _clean_timestep(self.target))
+        clean = time.new_full([batch * len(adapters)], _clean_timestep(pipeline))
         for name, value in arguments.items():
             if name in _RESIDUALS:
                 arguments[name] = map_tensors(

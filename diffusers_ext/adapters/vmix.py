@@ -384,7 +384,7 @@ class VMixAdapter(Adapter):
                 f"{self.config.num_text_tokens}: pad the prompt"
             )
         if self._condition is None:
-            self._compute(conditional_rows(target, len(text)), len(text), repeats)
+            self._compute(conditional_rows(len(text)), len(text), repeats)
         else:
             values, self._key = self.values(self._condition), None
             self._table = {name: self._scale * v.repeat(1, repeats, 1) for name, v in values.items()}

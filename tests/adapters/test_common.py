@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 
@@ -152,6 +153,20 @@ def test_wrong_tensors_are_named(tmp_path, tensors, words):
         Shift.from_pretrained(tmp_path / "x.safetensors")
 
 
+def test_fields_of_the_config_can_be_told_with_a_file(tmp_path):
+    save_file({"amount": torch.zeros(3)}, tmp_path / "a.safetensors", {"class": "Shift", "config": "{}"})
+    with pytest.raises(ValueError, match="of another shape: amount"):
+        Shift.from_pretrained(tmp_path / "a.safetensors")
+    assert Shift.from_pretrained(tmp_path / "a.safetensors", channels=3).config.channels == 3
+    with pytest.raises(ValueError, match="Did you mean 'channels'"):
+        Shift.from_pretrained(tmp_path / "a.safetensors", channel=3)
+
+
+def test_a_path_that_does_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a file"):
+        Shift.from_pretrained(tmp_path / "a.safetensors")
+
+
 def test_a_folder_with_missing_tensors_is_refused(tmp_path):
     Shift(channels=3).save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
@@ -175,14 +190,42 @@ def test_other_files_are_refused(tmp_path):
         Shift.from_pretrained(tmp_path / "d.bin")
 
 
-def test_conditional_rows(shapes_unet):
-    assert conditional_rows(shapes_unet.unet, 3) == slice(0, None)
-    shapes_unet._guidance_scale = 3.0
-    assert conditional_rows(shapes_unet, 6) == slice(3, None)
-    with pytest.raises(ValueError, match="batch of 3"):
-        conditional_rows(shapes_unet, 3)
-    shapes_unet._guidance_scale = 1.0
-    assert conditional_rows(shapes_unet, 3) == slice(0, None)
+class Calls(DiffusionPipeline):
+    """A pipeline whose call asks for its rows."""
+
+    def __init__(self, **properties):
+        super().__init__()
+        for name, value in properties.items():
+            setattr(type(self), name, value)
+
+    def __call__(self, batch, guided=None):
+        if guided is not None:
+            do_classifier_free_guidance = guided  # noqa: F841 what PixArt's pipelines decide in their call
+        return conditional_rows(batch)
+
+
+def calls(**properties):
+    return type("Calls", (Calls,), {})(**properties)
+
+
+class TestConditionalRows:
+    def test_outside_of_a_pipeline_all_count(self):
+        assert conditional_rows(3) == slice(0, None)
+
+    def test_by_the_pipeline_that_runs(self):
+        assert calls(do_classifier_free_guidance=True)(6) == slice(3, None)
+        assert calls(do_classifier_free_guidance=False)(3) == slice(0, None)
+        both = calls(do_classifier_free_guidance=True, _pag_scale=1.0, do_perturbed_attention_guidance=True)
+        assert both(6) == slice(2, None)
+        with pytest.raises(ValueError, match="batch of 3"):
+            calls(do_classifier_free_guidance=True)(3)
+
+    def test_by_the_variables_of_a_call(self):
+        assert calls()(6, True) == slice(3, None) and calls()(6, False) == slice(0, None) == calls()(6)
+
+    def test_another_order_of_rows_is_refused(self):
+        with pytest.raises(ValueError, match="prompt first"):
+            calls(do_classifier_free_guidance=True, image_guidance_scale=1.5)(6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

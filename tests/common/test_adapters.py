@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from diffusers import SchedulerMixin
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import diffusers_ext
 from diffusers_ext import zoo
@@ -188,6 +193,93 @@ def test_an_interrupted_run_leaves_nothing_behind(case):
         assert torch.equal(draw(pipe), expected)
 
 
+def test_a_run_that_was_stopped_and_then_another_number_of_pictures(case):
+    _, name, pipe, adapter = case
+
+    def stop(pipeline, step, timestep, kwargs):
+        pipeline._interrupt = True
+        return kwargs
+
+    try:
+        give_condition(name, adapter, pipe, 1)
+        with adapter.attach(pipe):
+            expected = zoo.generate(pipe, CAPTIONS[:1], STEPS)
+        with adapter.attach(pipe):
+            draw(pipe, callback_on_step_end=stop)
+            assert torch.equal(zoo.generate(pipe, CAPTIONS[:1], STEPS), expected)
+    finally:
+        give_condition(name, adapter, pipe)
+
+
+def test_whichever_pipeline_runs_the_model(case):
+    """The rows of guidance are those of the pipeline that calls, also where it is not the one that was attached to."""
+    _, _, pipe, adapter = case
+    other = type(pipe)(**pipe.components)
+    with adapter.attach(other):
+        expected, single = draw(other), draw(other, guidance_scale=1.0)
+    fresh = type(pipe)(**pipe.components)
+    with adapter.attach(fresh):
+        assert torch.equal(draw(other), expected)
+        draw(fresh)
+        assert torch.equal(draw(other, guidance_scale=1.0), single)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_compiled_and_has_run(case):
+    _, _, pipe, adapter = case
+    plain, part = draw(pipe, num_inference_steps=1), "unet" if hasattr(pipe, "unet") else "transformer"
+    with adapter.attach(pipe):
+        expected = draw(pipe, num_inference_steps=1)
+    model = getattr(pipe, part)
+    setattr(pipe, part, torch.compile(model, backend="eager"))
+    try:
+        assert torch.allclose(draw(pipe, num_inference_steps=1), plain, atol=1e-4)
+        with adapter.attach(pipe):
+            assert torch.allclose(draw(pipe, num_inference_steps=1), expected, atol=1e-4)
+        assert torch.allclose(draw(pipe, num_inference_steps=1), plain, atol=1e-4)
+    finally:
+        setattr(pipe, part, model)
+        torch.compiler.reset()
+
+
+def test_on_an_offloaded_model(case):
+    """Weights of the model are on the meta device between its calls; those of the adapter stay."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_module
+
+    _, _, pipe, adapter = case
+    with adapter.attach(pipe):
+        expected = draw(pipe)
+    model = diffusers_ext.denoiser_of(pipe)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    try:
+        with adapter.attach(pipe):
+            assert torch.equal(draw(pipe), expected)
+        assert all(p.device.type == "cpu" for p in adapter.parameters())
+    finally:
+        remove_hook_from_module(model, recurse=True)
+
+
+FRESH = """
+import sys
+from safetensors.torch import save_file
+from tests.common.test_adapters import CASES, draw, load, model_of, zoo
+name, path = sys.argv[1:]
+pipe = zoo.load(model_of(name))
+with load(dict((name, public) for public, name in CASES)[name], name, pipe).attach(pipe):
+    save_file({"images": draw(pipe)}, path)
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_draws_the_same_bits(case, tmp_path, pytestconfig):
+    _, name, pipe, adapter = case
+    path = tmp_path / "images.safetensors"
+    subprocess.run([sys.executable, "-c", FRESH, name, path], check=True, cwd=pytestconfig.rootpath)
+    with adapter.attach(pipe):
+        assert torch.equal(draw(pipe), load_file(path)["images"])
+
+
 @pytest.mark.parametrize("first", ["lora", "adapter"])
 def test_a_lora_loaded_before_or_after(case, first):
     from peft import LoraConfig
@@ -230,11 +322,48 @@ def caches_for(name: str):
 def test_beside_every_cache(case):
     _, name, pipe, adapter = case
     plain = draw(pipe, num_inference_steps=8)
+    with adapter.attach(pipe):
+        effect = (draw(pipe, num_inference_steps=8) - plain).norm()
     for record in caches_for(name):
-        with diffusers_ext.apply(pipe, record.public()), adapter.attach(pipe):
-            together = draw(pipe, num_inference_steps=8)
-            assert torch.isfinite(together).all() and torch.equal(draw(pipe, num_inference_steps=8), together)
+        with diffusers_ext.apply(pipe, record.public()):
+            cached = draw(pipe, num_inference_steps=8)
+            with adapter.attach(pipe):
+                together = draw(pipe, num_inference_steps=8)
+                assert torch.isfinite(together).all() and torch.equal(draw(pipe, num_inference_steps=8), together)
+        # As strong as without a cache, up to a factor.
+        assert (together - cached).norm() > 0.3 * effect, record.slug
         assert torch.equal(draw(pipe, num_inference_steps=8), plain), record.slug
+
+
+def schedulers_for(pipe) -> list[type[SchedulerMixin]]:
+    """Schedulers of this package that take a model as it is, without a fit of their own."""
+    found = [getattr(diffusers_ext, n) for n, module in public_names().items() if ".schedulers" in module]
+    return [c for c in found if isinstance(c, type) and issubclass(c, SchedulerMixin)]
+
+
+@pytest.mark.slow
+def test_with_every_scheduler(case):
+    """Draws with an effect, at scale 0 and afterwards the bits of the plain model; refusals are those of the plain
+    model."""
+    _, _, pipe, adapter = case
+    usual, ran = pipe.scheduler, 0
+    try:
+        for public in schedulers_for(pipe):
+            try:
+                pipe.scheduler = public.from_config(usual.config)
+                plain = draw(pipe, num_inference_steps=3)
+            except (ValueError, TypeError, RuntimeError):  # made for other models, or wants a fit
+                continue
+            with adapter.attach(pipe):
+                changed = draw(pipe, num_inference_steps=3)
+                assert torch.isfinite(changed).all() and not torch.equal(changed, plain), public.__name__
+                adapter.set_scale(0)
+                assert torch.equal(draw(pipe, num_inference_steps=3), plain), public.__name__
+            assert torch.equal(draw(pipe, num_inference_steps=3), plain), public.__name__
+            ran += 1
+    finally:
+        pipe.scheduler = usual
+    assert ran > 5
 
 
 def test_pairs_do_not_depend_on_the_order(case):
