@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 
 from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
@@ -38,7 +39,9 @@ from ._tiles import (
     gaussian_window,
     merge,
     overlapping_tiles,
+    packed,
     uncovered,
+    unpacked,
 )
 
 
@@ -50,7 +53,8 @@ _SPATIAL = (
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
 )
-_SUPPORTED = "supported: UNets, and transformers that take latents [n, c, h, w] (DiT, PixArt, SD3)"
+_TOKENS = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
+_SUPPORTED = "supported: UNets, transformers that take latents [n, c, h, w] (DiT, PixArt, SD3), and Flux"
 
 
 @dataclass
@@ -65,11 +69,15 @@ def smallest_tile(model: torch.nn.Module) -> int:
     blocks = getattr(model, "down_blocks", None)
     if blocks is not None:
         return 2 ** (len(blocks) - 1)
+    if isinstance(model, FluxTransformer2DModel):  # its pipelines pack 2 x 2 latents into a token themselves
+        return 2
     return getattr(getattr(model, "config", None), "patch_size", None) or 1
 
 
 class _RootHook(RunHook[_Store]):
     """On the denoiser: splits its call into tiles and merges what they give."""
+
+    outermost = True
 
     def __init__(self, config: SeamlessTilingConfig, target: Any):
         super().__init__(RunTracker(_Store))
@@ -93,7 +101,7 @@ class _RootHook(RunHook[_Store]):
     @torch.compiler.disable(recursive=False)
     def run(self, args: tuple, kwargs: dict) -> Any:
         arguments = _flat(self._signature.bind(*args, **kwargs))
-        size = tuple(Inputs.of(arguments).sample.shape[-2:])
+        size = size_of(arguments)
         tile = self.config.tile_in(size, self.side)
         corners = self._corners(size, tile)
         self.figures["calls"] += 1
@@ -116,12 +124,13 @@ class _RootHook(RunHook[_Store]):
 
         def predict(chunk: Sequence[Size]) -> torch.Tensor:
             outputs[:] = [self.fn_ref.original_forward(**self._cropped(arguments, size, tile, chunk))]
-            return outputs[0][0]
+            return unpacked(outputs[0][0], tile) if "img_ids" in arguments else outputs[0][0]
 
         window = gaussian_window(tile) if config.window == "gaussian" else torch.ones(tile)
         reference = self.store.reference
         whole = merge(predict, size, corners, window, config.tile_batch_size, reference, config.noise_ema or 0.0)
         self.store.reference = whole
+        whole = packed(whole) if "img_ids" in arguments else whole
         return (whole,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=whole)
 
     def _cropped(self, arguments: dict, size: Size, tile: Size, chunk: Sequence[Size]) -> dict[str, Any]:
@@ -129,8 +138,14 @@ class _RootHook(RunHook[_Store]):
         sample = Inputs.of(arguments).sample
         rows, cropped = sample.shape[0], {}
         for name, value in arguments.items():
-            if value is sample or name in _SPATIAL:
+            if name == "img_ids":
+                cropped[name] = first_places(value, size, tile)
+            elif value is sample and sample.ndim == 3:
+                cropped[name] = packed(cut(unpacked(value, size), chunk, size, tile))
+            elif value is sample or name in _SPATIAL:
                 cropped[name] = map_tensors(value, lambda t: cut(t, chunk, size, tile))
+            elif name in _TOKENS:
+                cropped[name] = map_tensors(value, lambda t: cut_tokens(t, chunk, size, tile))
             else:
                 cropped[name] = map_tensors(value, lambda t: repeated(t, len(chunk), rows))
         added = cropped.get("added_cond_kwargs") or {}
@@ -138,6 +153,36 @@ class _RootHook(RunHook[_Store]):
             moved = moved_time_ids(added["time_ids"], chunk, self.config.pixels_per_latent)
             cropped["added_cond_kwargs"] = {**added, "time_ids": moved}
         return cropped
+
+
+def size_of(arguments: Mapping[str, Any]) -> Size:
+    """Height and width of the latents of a call.
+
+    Raises:
+        ValueError: Flux's tokens are not those of one picture.
+    """
+    sample, ids = Inputs.of(arguments).sample, arguments.get("img_ids")
+    if ids is None:
+        return tuple(sample.shape[-2:])
+    rows, columns = (len(ids[..., axis].unique()) for axis in (-2, -1))
+    if rows * columns != sample.shape[1]:
+        raise ValueError(
+            f"tiles are cut out of one picture: {sample.shape[1]} tokens are not {rows} x {columns} (reference "
+            "pictures are not supported)"
+        )
+    return 2 * rows, 2 * columns
+
+
+def first_places(ids: torch.Tensor, size: Size, tile: Size) -> torch.Tensor:
+    """Positions of the tokens of the first tile, which serve all: Flux compares positions, nothing more."""
+    grid = ids.unflatten(-2, (size[0] // 2, size[1] // 2))
+    return grid[..., : tile[0] // 2, : tile[1] // 2, :].flatten(-3, -2)
+
+
+def cut_tokens(t: torch.Tensor, chunk: Sequence[Size], size: Size, tile: Size) -> torch.Tensor:
+    """`cut` of what a ControlNet adds to tokens `[b, tokens, c]`, line by line."""
+    by = round((size[0] * size[1] / t.shape[1]) ** 0.5)
+    return cut(t.mT.unflatten(2, (size[0] // by, size[1] // by)), chunk, size, tile).flatten(2).mT
 
 
 def _flat(bound: inspect.BoundArguments) -> dict[str, Any]:
@@ -177,7 +222,7 @@ def moved_time_ids(ids: torch.Tensor, chunk: Sequence[Size], pixels: int) -> tor
             value=2,
             unit="times faster",
         ),
-        conflicts=("deepcache", "delta-dit", "faster-diffusion"),
+        conflicts=("a-sdm", "bac", "deepcache", "delta-dit", "faster-diffusion", "ras"),
     )
 )
 @dataclass(frozen=True)
@@ -190,7 +235,7 @@ class SeamlessTilingConfig(MethodConfig):
 
     Args:
         tile_size: Side of a tile in latents, a multiple of the model's factor (8 for Stable Diffusion). Default: the
-            model's `config.sample_size`, the size it was trained for.
+            model's `config.sample_size`, the size it was trained for; Flux has none, 128 is good.
         offset_mode: `"random"` (default), `"positive"`, `"complete"`, or `"fixed"` for plain tiling. The first step
             always covers all of the picture.
         offset_stride: Step between the offsets of `"positive"` and `"complete"`. Default: half a tile.
@@ -213,7 +258,7 @@ class SeamlessTilingConfig(MethodConfig):
     Raises:
         ValueError: Values out of range; on `apply`, a tile that is smaller than the model's minimum or no multiple of
             it, a transformer with absolute positions and tiles of another size than it was trained for, or a model
-            that takes tokens (Flux).
+            that takes tokens (but Flux); in a run, reference pictures (Flux Kontext).
 
     Example:
         >>> import diffusers_ext
@@ -323,5 +368,6 @@ def _summary(root: _RootHook) -> Mapping[str, Any]:
 
 def _require_spatial(model: torch.nn.Module) -> None:
     names = inspect.signature(model.forward).parameters
-    if "timestep" not in names or not {"sample", "hidden_states"} & set(names) or "img_ids" in names:
+    tokens = "img_ids" in names and not isinstance(model, FluxTransformer2DModel)
+    if "timestep" not in names or not {"sample", "hidden_states"} & set(names) or tokens:
         raise ValueError(f"tiles are cut out of latents, which {type(model).__name__} does not take; {_SUPPORTED}")

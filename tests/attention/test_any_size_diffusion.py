@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiTTransformer2DModel,
+    FluxPipeline,
     HeunDiscreteScheduler,
     PixArtTransformer2DModel,
     StableDiffusionPanoramaPipeline,
@@ -28,8 +29,10 @@ from diffusers_ext.attention._tiles import (
     merge,
     origins,
     overlapping_tiles,
+    packed,
     seam_ratio,
     uncovered,
+    unpacked,
 )
 from diffusers_ext.attention.any_size_diffusion import moved_time_ids
 
@@ -444,6 +447,49 @@ def test_transformers_at_their_trained_size():
             diffusers_ext.apply(pipe, SeamlessTilingConfig(tile_size=4))
 
 
+def test_tokens_are_packed_as_flux_pipelines_do():
+    x = torch.randn(2, 4, 6, 8)
+    tokens = FluxPipeline._pack_latents(x, 2, 4, 6, 8)
+    assert torch.equal(packed(x), tokens) and torch.equal(unpacked(tokens, (6, 8)), x)
+
+
+def test_flux_with_control():
+    """Tiles side by side give what separate pictures give, residuals of a ControlNet cut along."""
+    pipe = zoo.load("shapes-dit")
+    model = pipe.transformer
+    x, residual = torch.randn(1, 4, 24, 8), torch.randn(1, model.inner_dim, 12, 4)
+    text = {
+        "encoder_hidden_states": torch.randn(1, 5, model.config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, model.config.pooled_projection_dim),
+        "txt_ids": torch.zeros(5, 3),
+        "timestep": torch.tensor([0.5]),
+    }
+
+    def call(latents, control):
+        rows, columns = (torch.arange(side / 2) for side in latents.shape[-2:])
+        control = [control.flatten(2).mT]
+        residuals = {"controlnet_block_samples": control, "controlnet_single_block_samples": control}
+        places = torch.cartesian_prod(torch.zeros(1), rows, columns)
+        return unpacked(model(packed(latents), img_ids=places, **text, **residuals).sample, latents.shape[-2:])
+
+    with torch.no_grad():
+        alone = [call(*pair) for pair in zip(x.split(8, -2), residual.split(4, -2))]
+        with diffusers_ext.apply(pipe, SeamlessTilingConfig(tile_size=8)) as handle:
+            whole = call(x, residual)
+            assert handle.summary()[SLUG]["tiles"] == 3
+    torch.testing.assert_close(whole, torch.cat(alone, -2), atol=1e-5, rtol=0)
+
+
+def test_reference_pictures_of_flux_are_refused():
+    pipe = zoo.load("shapes-dit")
+    ids = torch.cartesian_prod(torch.arange(2.0), torch.arange(4.0), torch.arange(4.0))
+    with (
+        diffusers_ext.apply(pipe, SeamlessTilingConfig(tile_size=4)),
+        pytest.raises(ValueError, match="32 tokens are not 4 x 4"),
+    ):
+        pipe.transformer(torch.randn(1, 32, 16), timestep=torch.tensor([0.5]), img_ids=ids)
+
+
 @pytest.mark.parametrize("order", ["apply first", "compile first"])
 def test_compiles(order):
     pipe = pipe_of(build(), 2)
@@ -486,8 +532,11 @@ def test_bad_models_and_sizes():
             diffusers_ext.apply(pipe, SeamlessTilingConfig(tile_size=side))
     with pytest.raises(ValueError, match="larger than a tile"):
         diffusers_ext.apply(pipe, SeamlessTilingConfig(overlap=9))
-    with pytest.raises(ValueError, match="FluxTransformer2DModel"):
-        diffusers_ext.apply(zoo.load("shapes-dit"), SeamlessTilingConfig(tile_size=16))
+    flux = zoo.load("shapes-dit")
+    with pytest.raises(ValueError, match="FluxTransformer2DModel does not say.*tile_size"):
+        diffusers_ext.apply(flux, SeamlessTilingConfig())
+    with pytest.raises(ValueError, match="multiples of 2"):
+        diffusers_ext.apply(flux, SeamlessTilingConfig(tile_size=15))
     with pytest.raises(ValueError, match="Linear"):
         diffusers_ext.apply(torch.nn.Linear(2, 2), SeamlessTilingConfig())
     with (

@@ -9,6 +9,7 @@ import torch
 
 import diffusers_ext
 from diffusers_ext import SeamlessTilingConfig, zoo
+from diffusers_ext.attention._tiles import packed, unpacked
 
 
 pytestmark = pytest.mark.comfy
@@ -64,6 +65,21 @@ def test_parity_with_diffusers(sample, patch, options):
         figures = handle.summary()["any-size-diffusion"]
     assert figures["calls"] == len(calls) == 10
     assert (figures["pixels_from_the_step_before"] > 0) == options.get("noise_reference", True)
+
+
+def test_parity_with_diffusers_on_flux(sample, patch):
+    """The same on an MMDiT, whose tokens the diffusers side gets packed; odd places of tiles too."""
+    _, calls = sample(lambda model: patch(model, seed=5), name="shapes-dit")
+    model = zoo.load("shapes-dit").transformer
+    config = SeamlessTilingConfig(tile_size=16, seed=5, num_inference_steps=10)
+    text, pooled = calls[0][2:4]
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(12.0))
+    with torch.no_grad(), diffusers_ext.apply(model, config) as handle:
+        for x, t, _, _, *_, out in calls:
+            tokens = model(packed(x), text, pooled, t, ids, torch.zeros(text.shape[1], 3)).sample
+            torch.testing.assert_close(unpacked(tokens, (32, 24)), out, atol=1e-4, rtol=0)
+        figures = handle.summary()["any-size-diffusion"]
+    assert figures["calls"] == 10 and figures["pixels_from_the_step_before"] > 0
 
 
 @pytest.mark.parametrize("name", ["shapes-unet", "shapes-dit"])
