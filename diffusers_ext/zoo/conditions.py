@@ -1,10 +1,13 @@
-"""Condition pictures of the shapes world (edges, depth, segmentation), and how well two edge maps agree."""
+"""Condition pictures of the shapes world (edges, depth, subjects, ...), and how well two edge maps agree."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from . import world
 from .world import Scenes
 
 
@@ -48,6 +51,35 @@ def outlines(scenes: Scenes, width: int = 1) -> torch.Tensor:
         width: Pixels that every line is widened by on both sides; thin lines do not survive a VAE.
     """
     return _near(edges(segmentation(scenes) * 2 - 1), width)
+
+
+def subjects(specs: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Pictures of the first objects by themselves, small, on mid grey: their shape and colour, not their place.
+
+    Args:
+        specs: `[n, 9]`, see `world.ATTRIBUTES`.
+        seed: Of radius, tint and place in the picture, which are not those of the scenes.
+
+    Returns:
+        `[n, 3, 32, 32]` in [-1, 1].
+    """
+    shape, colour = specs[:, 3], specs[:, 4]
+    # One small object in the center, on a ground of its own colour: edges have no other one mixed in.
+    absent = torch.tensor([len(world.SHAPES), len(world.COLOURS), len(world.SIZES)]).expand(len(specs), 3)
+    none = torch.zeros_like(shape)
+    alone = torch.cat([torch.stack([colour, none, none, shape, colour, none], 1), absent], 1)
+    draws = torch.rand(len(specs), 17, generator=torch.Generator().manual_seed(seed))
+    images, masks = world.render(alone, draws)
+    return (images * masks[:, :1])[..., 16:48, 16:48]
+
+
+def colourless(captions: Sequence[str], specs: torch.Tensor) -> list[str]:
+    """Captions without the colour of the first object: it has to come from elsewhere, such as from `subjects`."""
+    nouns = [(list(world.COLOURS)[c], list(world.SHAPES)[s]) for s, c in specs[:, 3:5].tolist()]
+    return [
+        caption.replace(f"{colour} {shape}", shape, 1)
+        for caption, (colour, shape) in zip(captions, nouns, strict=True)
+    ]
 
 
 def _near(edge_map: torch.Tensor, tolerance: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from diffusers_ext import EasyControlAdapter, easycontrol_images, zoo
 from diffusers_ext.adapters.easycontrol import fit_spatial, fit_subject, grid_of, spatial_ids, subject_ids
 from diffusers_ext.eval import count_macs
 from diffusers_ext.training.denoising import image_ids, pack
-from diffusers_ext.zoo.conditions import edge_f1, edge_iou, edges
+from diffusers_ext.zoo.conditions import colourless, edge_f1, edge_iou, edges, subjects
 
 
 TEXT, WORDS, ROWS, COLUMNS = 8, 5, 4, 6
@@ -714,10 +714,16 @@ def edge():
     return EasyControlAdapter.from_pretrained(zoo.adapter_file("easycontrol-edge-shapes-dit"))
 
 
-def draw(pipe, captions, *adapters, **size):
+@pytest.fixture
+def colour():
+    """The shipped adapter that takes a colour from a subject."""
+    return EasyControlAdapter.from_pretrained(zoo.adapter_file("easycontrol-colour-shapes-dit"))
+
+
+def draw(pipe, captions, *adapters, steps=10, **size):
     for adapter in adapters:
         adapter.attach(pipe)
-    images = zoo.generate(pipe, captions, 10, **size)
+    images = zoo.generate(pipe, captions, steps, **size)
     diffusers_ext.remove(pipe)
     return images
 
@@ -727,10 +733,12 @@ def iou(images, wanted):
     return edge_iou(edges(images), wanted, tolerance=0).mean().item()
 
 
-def test_the_trained_adapter_is_small(edge, shapes_dit):
-    parameters = sum(p.numel() for p in edge.parameters())
+@pytest.mark.parametrize("kind", ["edge", "colour"])
+def test_the_trained_adapters_are_small(shapes_dit, kind):
+    file = zoo.adapter_file(f"easycontrol-{kind}-shapes-dit")
+    parameters = sum(p.numel() for p in EasyControlAdapter.from_pretrained(file).parameters())
     assert parameters < 0.05 * sum(p.numel() for p in shapes_dit.transformer.parameters())
-    assert zoo.adapter_file("easycontrol-edge-shapes-dit").stat().st_size < 1 << 20
+    assert file.stat().st_size < 400_000
 
 
 def test_it_follows_edges(edge, shapes_dit):
@@ -811,6 +819,42 @@ def test_two_conditions_without_joint_training(edge, shapes_dit):
     assert both[0] > second[0] and both[1] > first[1]
 
 
+def of_two_kinds(pipe, edge, colour, scenes):
+    """Give both adapters their pictures; captions that only the pictures complete."""
+    edge.set_condition(pipe, edges(scenes.images))
+    colour.set_condition(pipe, subjects(scenes.specs, seed=999))
+    assert colour.config.condition_type == colour._condition.kind == "subject"
+    return colourless(scenes.captions, scenes.specs)
+
+
+def test_two_trained_kinds_in_any_order(edge, colour, shapes_dit):
+    captions = of_two_kinds(shapes_dit, edge, colour, zoo.scenes(2, 999, drop=1.0))
+    bare, alone = draw(shapes_dit, captions, steps=2), [draw(shapes_dit, captions, a, steps=2) for a in (edge, colour)]
+    both = draw(shapes_dit, captions, edge, colour, steps=2)
+    assert (draw(shapes_dit, captions, colour, edge, steps=2) - both).abs().max() < 1e-4
+    with edge.attach(shapes_dit), colour.attach(shapes_dit):
+        for scales, expected in (((1, 0), alone[0]), ((0, 1), alone[1]), ((0, 0), bare)):
+            edge.set_scale(scales[0])
+            colour.set_scale(scales[1])
+            assert torch.equal(zoo.generate(shapes_dit, captions, 2), expected)
+    assert all((both - other).abs().max() > 0.1 for other in (*alone, bare))
+
+
+@pytest.mark.slow
+def test_two_kinds_that_were_trained_apart(edge, colour, shapes_dit, judge):
+    """Edges and a subject: together each does what it does alone, which the other does not."""
+    scenes = zoo.scenes(96, 999, drop=1.0)
+    captions, wanted = of_two_kinds(shapes_dit, edge, colour, scenes), edges(scenes.images)
+
+    def measured(*adapters):
+        images = draw(shapes_dit, captions, *adapters, steps=20, batch_size=96)
+        return iou(images, wanted), judge.accuracy(images, scenes.specs)["colour1"]
+
+    both, edges_alone, subject_alone = measured(edge, colour), measured(edge), measured(colour)
+    assert both[0] > 2 * subject_alone[0] and both[1] > edges_alone[1] + 0.2
+    assert both[0] > 0.9 * edges_alone[0] and both[1] > subject_alone[1] - 0.05
+
+
 @pytest.mark.slow
 def test_control_keeps_what_the_caption_says(edge, shapes_dit, judge):
     """All attributes of the caption: at most three points below the plain model."""
@@ -832,7 +876,8 @@ def script(repository):
     return module
 
 
-def test_training_runs_and_resumes(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["edge", "colour"])
+def test_training_runs_and_resumes(script, tmp_path, monkeypatch, kind):
     """Two steps of the example, in one go and with Ctrl-C between them, end in the same weights."""
     loss, budget = script.denoising_loss, script.Budget(steps=2, batch=2, lr=1e-3, save_every=1)
 
@@ -842,13 +887,14 @@ def test_training_runs_and_resumes(script, tmp_path, monkeypatch):
 
     with torch.enable_grad():
         torch.manual_seed(0)
-        files = [script.train(tmp_path / "one", budget, 4)]
+        files = [script.train(tmp_path / "one", budget, 4, kind=kind)]
         torch.manual_seed(0)
         monkeypatch.setattr(script, "denoising_loss", interrupted)
         with pytest.raises(SystemExit, match="stopped after step 1"):
-            script.train(tmp_path / "two", budget, 4)
+            script.train(tmp_path / "two", budget, 4, kind=kind)
         monkeypatch.setattr(script, "denoising_loss", loss)
-        files.append(script.train(tmp_path / "two", budget, 4))
+        files.append(script.train(tmp_path / "two", budget, 4, kind=kind))
     trained, resumed = map(EasyControlAdapter.from_pretrained, files)
     assert same(trained.parameters(), resumed.parameters())
     assert any(p.any() for name, p in trained.named_parameters() if ".up." in name)
+    assert trained.config.condition_type == {"edge": "spatial", "colour": "subject"}[kind]

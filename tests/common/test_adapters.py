@@ -73,6 +73,7 @@ def pictures_for(kind):
 # What an adapter needs besides its weights, by the start of the file's name.
 CONDITIONS = {
     "easycontrol-edge": edges_for,
+    "easycontrol-colour": pictures_for(lambda scenes: zoo.conditions.subjects(scenes.specs)),
     "csc-edges": hints_for,
     "ctrl-adapter": control_for,
     "unicon-depth": pictures_for(zoo.conditions.depth),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext import zoo
-from diffusers_ext.zoo.conditions import depth, edge_f1, edge_iou, edges, segmentation
+from diffusers_ext.zoo.conditions import colourless, depth, edge_f1, edge_iou, edges, segmentation, subjects
 
 
 def test_edges_lie_on_the_outline_of_a_plain_disc():
@@ -42,6 +42,32 @@ def test_depth_and_segmentation_know_the_scene():
     assert torch.equal(depth(scenes), scenes.depth)
     colours = segmentation(scenes)
     assert colours.shape == (8, 3, 64, 64) and torch.equal(colours[:, :2], scenes.masks) and not colours[:, 2].any()
+
+
+def test_subjects_show_the_first_object_on_grey():
+    """Its colour wherever it covers a pixel, within the tint; nothing of the ground or of the second object."""
+    scenes = zoo.held_out(64)
+    pictures = subjects(scenes.specs)
+    assert pictures.shape == (64, 3, 32, 32) and not pictures[..., [0, -1]].any() and not pictures[..., -1, :].any()
+    palette = torch.tensor([*zoo.world.COLOURS.values()])[scenes.specs[:, 4]] / 127.5 - 1
+    middle = pictures.abs().sum(1).flatten(1).argmax(1)
+    found = pictures.flatten(2)[torch.arange(64), :, middle]
+    assert (found - palette).abs().max() < 0.09
+    other = scenes.specs.clone()
+    other[:, [0, 1, 2, 5]], other[:, 6:] = 1, 0
+    assert torch.equal(subjects(other), pictures) and not torch.equal(subjects(other, seed=1), pictures)
+
+
+def test_captions_lose_the_first_colour_only():
+    scenes = zoo.held_out(200)
+    for before, after, spec in zip(scenes.captions, colourless(scenes.captions, scenes.specs), scenes.specs):
+        left = before.split()
+        for word in after.split():
+            left.remove(word)
+        assert left == [list(zoo.world.COLOURS)[spec[4]]]
+    assert colourless(["a red ring above a red star"], torch.tensor([[0, 0, 6, 5, 0, 0, 3, 0, 0]])) == [
+        "a ring above a red star"
+    ]
 
 
 def test_adapters_of_the_zoo_are_named():

@@ -61,7 +61,7 @@ def test_weights_are_small_and_half_precision(name):
 
 
 def test_all_weights_fit_the_wheel():
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 38e6
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 39.2e6
 
 
 def test_models_share_one_latent_space():
