@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from ..registry import MethodRecord, unknown
 
 _CONFIG = "config"  # name of the metadata entry of a single file
 _SHOWN = 5
+# How far resizing may take a picture's values out of their range.
+_ROUNDING = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +196,7 @@ class Adapter(ModelMixin, ConfigMixin):
             raise FileNotFoundError(f"{path} is neither a folder nor a file: adapters are loaded from your disk only")
         asked = kwargs.pop("output_loading_info", False)
         model, found = super().from_pretrained(path, output_loading_info=True, **kwargs)
-        _require_complete(cls, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+        require_complete(cls, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
         return (model, found) if asked else model
 
     @classmethod
@@ -227,7 +229,7 @@ class Adapter(ModelMixin, ConfigMixin):
             model = cls.from_config(config)
         expected = model.state_dict()
         wrong = [k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape]
-        _require_complete(cls, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), wrong)
+        require_complete(cls, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), wrong)
         model.load_state_dict(tensors, assign=True)
         return model.to(torch_dtype or next(iter(tensors.values())).dtype).eval()
 
@@ -248,7 +250,7 @@ def _require_suffix(path: Path) -> None:
         raise ValueError(f"{path.name} does not end in .safetensors: adapters are kept in safetensors files only")
 
 
-def _require_complete(cls: type, missing: Any, unexpected: Any, mismatched: Any) -> None:
+def require_complete(cls: type, missing: Any, unexpected: Any, mismatched: Any) -> None:
     problems = [
         f"{len(names)} tensors {what}: {', '.join(sorted(map(str, names))[:_SHOWN])}"
         for what, names in (("missing", missing), ("unknown", unexpected), ("of another shape", mismatched))
@@ -331,3 +333,15 @@ def require_range(start: float, end: float) -> None:
     """Raise `ValueError` unless `0 <= start < end <= 1`."""
     if not 0 <= start < end <= 1:
         raise ValueError(f"start {start} and end {end}: give fractions of the steps, 0 <= start < end <= 1")
+
+
+def require_pictures(images: Any, channels: Sequence[int], low: float = 0.0) -> None:
+    """Raise `ValueError` unless these are pictures `[n, channels, height, width]` of finite values in [low, 1]."""
+    accepted = f"accepted: a tensor [n, {' or '.join(map(str, channels))}, height, width] in [{low:g}, 1]"
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"pictures are of type {type(images).__name__}; {accepted}")
+    if images.ndim != 4 or images.shape[1] not in channels:
+        raise ValueError(f"pictures of shape {list(images.shape)}; {accepted}")
+    least, most = images.min(), images.max()  # nan where any value is
+    if not (least >= low - _ROUNDING and most <= 1 + _ROUNDING):
+        raise ValueError(f"pictures with values from {least:g} to {most:g}; {accepted}")

@@ -6,8 +6,11 @@ Lin, Cho, Zala, Bansal, "Ctrl-Adapter", ICLR 2025, https://arxiv.org/abs/2404.09
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from diffusers import ConfigMixin, ControlNetModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ._common import require_range
+from ._common import require_complete, require_pictures, require_range
 
 
 __all__ = ["CtrlAdapterControl", "CtrlAdapterRouter"]
@@ -145,15 +148,23 @@ class CtrlAdapterControl:
             raise ValueError(
                 f"{len(self.controlnets)} ControlNets and {len(self.images)} condition pictures: give one each"
             )
-        for image in self.images:
-            if image.ndim != 4 or image.min() < 0 or image.max() > 1:
-                raise ValueError(
-                    f"a condition picture has the shape {list(image.shape)} and values from {image.min():g} to "
-                    f"{image.max():g}; accepted: [n, channels, height, width] in [0, 1]"
-                )
+        for controlnet, image in zip(self.controlnets, self.images):
+            require_pictures(image, (controlnet.config.conditioning_channels,))
+        self._require_text()
         require_range(self.start, self.end)
         if len({str(sites_of(c)) for c in self.controlnets}) > 1:
             raise ValueError("the ControlNets have residuals of different shapes: use ControlNets of one base model")
+
+    def _require_text(self) -> None:
+        shape, width = list(self.prompt_embeds.shape), self.controlnets[0].config.cross_attention_dim
+        if len(shape) != 3 or shape[-1] != width:
+            raise ValueError(
+                f"prompt_embeds have the shape {shape}; these ControlNets read [1 or n, tokens, {width}] of their own "
+                "text encoder: see CtrlAdapterControl.from_prompts"
+            )
+        other = self.negative_prompt_embeds
+        if other is not None and list(other.shape[1:]) != shape[1:]:
+            raise ValueError(f"negative_prompt_embeds {list(other.shape)} must have as many tokens as {shape}")
 
     @classmethod
     def from_prompts(
@@ -242,6 +253,12 @@ def fitted(image: torch.Tensor, size: Sequence[int], controlnet: nn.Module) -> t
             f"condition pictures of shape {list(image.shape[1:])}: this ControlNet takes {channels} channels and, for "
             f"these latents, at least {wanted[0]} x {wanted[1]} pixels"
         )
+    shape = image.shape[-2] / image.shape[-1]
+    if not math.isclose(shape, wanted[0] / wanted[1], rel_tol=0.03):
+        raise ValueError(
+            f"condition pictures of {image.shape[-2]} x {image.shape[-1]} pixels for a picture of {wanted[0]} x "
+            f"{wanted[1]}: crop or pad them to its shape"
+        )
     return image if list(image.shape[-2:]) == wanted else F.adaptive_avg_pool2d(image, wanted)
 
 
@@ -302,6 +319,14 @@ class CtrlAdapterRouter(ModelMixin, ConfigMixin):
             self.mid_block_router = _Gate(num_experts, learned)
         # Equal weights have no parameters, and a pipeline asks every component where it is.
         self.register_buffer("_place", torch.zeros(()), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CtrlAdapterRouter:
+        """As diffusers' own, but `ValueError` where weights are missing, unknown or of another shape."""
+        kwargs["output_loading_info"] = True
+        model, found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        require_complete(cls, found["missing_keys"], found["unexpected_keys"], found["mismatched_keys"])
+        return model
 
     def weights(self, active: Sequence[bool] | None = None) -> torch.Tensor:
         """Weights `[locations, experts]`; every row sums to 1, experts that are not active have none."""

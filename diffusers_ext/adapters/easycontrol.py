@@ -7,6 +7,7 @@ https://arxiv.org/abs/2503.07027
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from ..apply import denoiser_of
 from ..caching._common import Inputs, refuse_fused_qkv
 from ..registry import Claim, MethodRecord, register, unknown
 from ..training.denoising import pack
-from ._common import Adapter, require_range, within
+from ._common import Adapter, require_pictures, require_range, within
 from ._easycontrol_stream import (
     Bank,
     CausalLoRA,
@@ -196,6 +197,10 @@ class EasyControlAdapter(Adapter):
         super().__init__()
         if not 1 <= rank <= dim:
             raise ValueError(f"rank is {rank}: give 1 to {dim}, the width of the model")
+        if network_alpha is not None and not 0 < network_alpha < math.inf:
+            raise ValueError(f"network_alpha is {network_alpha}: give a finite number above 0, or None for the rank")
+        if cond_size < 8 or cond_size % 8:
+            raise ValueError(f"cond_size is {cond_size}: give a multiple of 16 (8 for the smallest models)")
         _require_kind(condition_type)
         self.transformer_blocks = nn.ModuleList(_Slot(("q", "k", "v", "proj"), dim, rank) for _ in range(num_layers))
         self.single_transformer_blocks = nn.ModuleList(
@@ -442,8 +447,7 @@ def _pictures(image: Any) -> torch.Tensor:
     """Float pictures `[n, 3, h, w]` in [-1, 1]."""
     if not isinstance(image, torch.Tensor):
         return VaeImageProcessor(do_resize=False, do_convert_rgb=True).preprocess(image)
-    if image.ndim != 4 or image.shape[1] not in (1, 3):
-        raise ValueError(f"the picture has shape {tuple(image.shape)}: give [n, 3, h, w] or [n, 1, h, w]")
+    require_pictures(image, (3, 1), low=-1.0 if image.shape[1:2] == (3,) else 0.0)
     return image if image.shape[1] == 3 else (image * 2 - 1).expand(-1, 3, -1, -1)
 
 

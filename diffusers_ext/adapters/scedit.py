@@ -21,7 +21,7 @@ from torch import nn
 from ..apply import denoiser_of
 from ..caching._common import Inputs
 from ..registry import Claim, MethodRecord, register
-from ._common import Adapter, conditional_rows
+from ._common import Adapter, conditional_rows, require_pictures
 
 
 __all__ = ["CSCTuner", "SCTuner"]
@@ -323,15 +323,15 @@ class CSCTuner(_SkipAdapter):
                 one per prompt. One channel stands for all. None for none.
 
         Raises:
-            ValueError: Of another shape, or a size that does not divide into latents.
+            ValueError: Of another shape or range, or a size that does not divide into latents.
         """
         if images is not None:
             pixels, channels = self.pixels, self.config.hint_channels
-            shape = list(images.shape)
-            if len(shape) != 4 or shape[1] not in (1, channels) or shape[2] % pixels or shape[3] % pixels:
+            require_pictures(images, (channels, 1))
+            if any(side % pixels for side in images.shape[-2:]):
                 raise ValueError(
-                    f"condition pictures of shape {shape}; accepted: [n, {channels} or 1, height, width] with height "
-                    f"and width multiples of {pixels}"
+                    f"condition pictures of {list(images.shape[-2:])} pixels: height and width must be multiples of "
+                    f"{pixels}"
                 )
             images = images.expand(-1, channels, -1, -1)
         self._images, self._kept = images, (None, [])

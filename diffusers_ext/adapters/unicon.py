@@ -22,7 +22,7 @@ from torch import nn
 from ..apply import denoiser_of
 from ..caching._common import Inputs, map_tensors, refuse_fused_qkv, unregister
 from ..registry import Claim, MethodRecord, register
-from ._common import Adapter, conditional_rows, running_pipeline
+from ._common import Adapter, conditional_rows, require_pictures, running_pipeline
 from ._unicon_joint import (
     POST_JOINTS,
     PROJECTIONS,
@@ -420,9 +420,7 @@ def _first_rows(output: Any, rows: int) -> Any:
 @torch.no_grad()
 def encode_pictures(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     """Latents of pictures `[n, 3 or 1, h, w]` in [0, 1], as the UNet sees them."""
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
-        shape = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"pictures are {shape}; accepted: a tensor [n, 3 or 1, height, width] in [0, 1]")
+    require_pictures(images, (3, 1))
     vae = pipe.vae
     pictures = images.expand(-1, 3, -1, -1).to(vae.device, vae.dtype) * 2 - 1
     return (vae.encode(pictures).latent_dist.mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, PixArtAlphaPipeline, PixArtTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 
@@ -226,6 +227,45 @@ class TestConditionalRows:
     def test_another_order_of_rows_is_refused(self):
         with pytest.raises(ValueError, match="prompt first"):
             calls(do_classifier_free_guidance=True, image_guidance_scale=1.5)(6)
+
+    def test_of_pixart(self):
+        """Its pipeline tells nobody about guidance."""
+        seen = []
+        pipe = pixart()
+        handle = pipe.transformer.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        adapter = diffusers_ext.VMixAdapter.for_model(pipe.transformer, aes_emb=torch.randn(9, 6), num_text_tokens=7)
+        with torch.no_grad():
+            for weight in adapter.value_layers.parameters():
+                weight.normal_(std=0.5)
+        text = {"prompt_embeds": torch.randn(1, 7, 6), "prompt_attention_mask": torch.ones(1, 7)}
+        options = {**text, **{f"negative_{name}": value for name, value in text.items()}, "negative_prompt": None}
+        size = {"height": 8, "width": 8, "use_resolution_binning": False, "output_type": "latent"}
+        for attach in (contextlib.nullcontext, lambda: adapter.attach(pipe)):
+            with attach():
+                pipe(**options, **size, num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+        handle.remove()
+        plain, changed = seen
+        assert torch.equal(plain[0], changed[0]) and not torch.allclose(plain[1], changed[1])
+
+
+def pixart():
+    """A tiny PixArt pipeline without a text encoder."""
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        sample_size=8,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=6,
+        norm_num_groups=4,
+        use_additional_conditions=False,
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    pipe = PixArtAlphaPipeline(None, None, vae, transformer.eval(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

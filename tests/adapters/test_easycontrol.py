@@ -461,6 +461,12 @@ def test_bad_files(flux, tmp_path):
             EasyControlAdapter.from_pretrained(path)
 
 
+def test_the_kind_of_a_published_file_can_be_told(flux, tmp_path):
+    published_file(tmp_path / "subject.safetensors", flux)
+    adapter = EasyControlAdapter.from_pretrained(tmp_path / "subject.safetensors", condition_type="subject")
+    assert adapter.config.condition_type == "subject"
+
+
 def test_bad_input(flux, shapes_unet, shapes_dit):
     with pytest.raises(ValueError, match="made for dim=128, this transformer has 16"):
         EasyControlAdapter(2, 2, 128, rank=2).attach(flux)
@@ -470,7 +476,13 @@ def test_bad_input(flux, shapes_unet, shapes_dit):
         EasyControlAdapter.for_model(flux, rank=17)
     with pytest.raises(ValueError, match="unknown condition_type 'spacial'. Did you mean 'spatial'"):
         EasyControlAdapter.for_model(flux, rank=2, condition_type="spacial")
+    for change in ({"network_alpha": float("nan")}, {"cond_size": 500}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))} is .*: give"):
+            EasyControlAdapter.for_model(flux, rank=2, **change)
     adapter, picture = EasyControlAdapter.for_model(shapes_dit, rank=2), torch.zeros(1, 3, 64, 64)
+    for wrong in (picture + 255, picture * torch.nan, picture[:, :1] - 1):
+        with pytest.raises(ValueError, match="pictures with values from"):
+            adapter.set_condition(shapes_dit, wrong)
     for size in (60, 4, (64, 60)):
         with pytest.raises(ValueError, match=re.escape(f"cond_size is {size}: give a multiple of 8")):
             adapter.set_condition(shapes_dit, picture, cond_size=size)

@@ -403,9 +403,15 @@ class TestBadInput:
 
     def test_conditions(self, shapes_unet):
         tuner = CSCTuner.for_model(shapes_unet, **SMALL)
-        for shape in ((3, 64, 64), (1, 2, 64, 64), (1, 3, 62, 64)):
-            with pytest.raises(ValueError, match="multiples of 4"):
-                tuner.set_condition(torch.zeros(shape))
+        with pytest.raises(ValueError, match="multiples of 4"):
+            tuner.set_condition(torch.zeros(1, 3, 62, 64))
+        for wrong in (torch.zeros(3, 64, 64), torch.zeros(1, 2, 64, 64), torch.full((1, 3, 64, 64), 255.0)):
+            with pytest.raises(ValueError, match="accepted: a tensor"):
+                tuner.set_condition(wrong)
+        with pytest.raises(ValueError, match="values from nan to nan"):
+            tuner.set_condition(torch.full((1, 3, 64, 64), torch.nan))
+        with pytest.raises(TypeError, match="pictures are of type str"):
+            tuner.set_condition("edges.png")
         with tuner.attach(shapes_unet):
             with pytest.raises(RuntimeError, match="nothing to draw by"):
                 draw(shapes_unet)
