@@ -7,6 +7,8 @@ diffusers' own first-block cache for transformers.
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +117,47 @@ def _first_block(pipe: Any, threshold: float) -> Iterator[None]:
 
 
 @contextmanager
+def dbcache(pipe: Any, threshold: float) -> Iterator[None]:
+    """cache-dit's DBCache: first block computed, the others by its residual, warm-up of two steps."""
+    import cache_dit
+
+    logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=2,
+        residual_diff_threshold=threshold,
+        enable_separate_cfg=True,
+    )
+    cache_dit.enable_cache(pipe, cache_config=config)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(pipe)
+
+
+PEERS = {"diffusers FirstBlockCache": _first_block, "cache-dit DBCache": dbcache}
+
+
+def as_cheap_as(config: Any, peer: Callable[[Any, float], AbstractContextManager]) -> float:
+    """The lowest threshold at which a peer computes no more than `config` does on shapes-dit, to a hundredth."""
+    pipe, captions = zoo.load("shapes-dit"), list(zoo.held_out(1).captions)
+    run = _denoise_only(pipe, captions, 20)
+    with diffusers_ext.apply(pipe, config):
+        allowed = count_macs(run)
+
+    def cost(hundredths: int) -> int:
+        with peer(pipe, hundredths / 100):
+            return count_macs(run)
+
+    low, high = 0, 64
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(middle) <= 1.01 * allowed else (middle, high)
+    return high / 100
+
+
+@contextmanager
 def _random_tokens(pipe: Any) -> Iterator[None]:
     """RAS with half of the tokens, drawn afresh at every step."""
     from diffusers_ext import RASConfig
@@ -159,6 +202,13 @@ def own_settings(record: MethodRecord) -> list[Setting]:
     ]
 
 
+def _peers_as_cheap_as(record: MethodRecord) -> Iterator[Setting]:
+    """First-block caches with as many operations as each interval of a method."""
+    for n, (name, peer) in itertools.product(INTERVALS, PEERS.items()):
+        x = as_cheap_as(record.public(cache_interval=n), peer)
+        yield Setting(f"{name}, as cheap as N = {n}: threshold {x:.2f}", lambda pipe, p=peer, x=x: p(pipe, x))
+
+
 def settings_of(record: MethodRecord) -> list[Setting]:
     """All rows of a method: its own settings, then its peers'."""
     rows = own_settings(record)
@@ -167,6 +217,7 @@ def settings_of(record: MethodRecord) -> list[Setting]:
     if record.slug == "delta-dit":
         config = record.public(span_order="front_then_rear")
         rows.append(Setting("N = 2, front then rear", lambda pipe: diffusers_ext.apply(pipe, config)))
+        return [*rows, *_peers_as_cheap_as(record)]
     if record.slug == "ras":
         rows += [Setting("50%, at random", _random_tokens), Setting("every other whole output", _every_other_output)]
     if "unet" not in record.targets:
