@@ -6,7 +6,6 @@ and the plain alternative to all of them: fewer steps.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 import diffusers_ext
-from benchmarks.cache import INTERVALS, Setting, helper, own_settings
+from benchmarks.cache import INTERVALS, Setting, dbcache, helper, own_settings
 from diffusers_ext import zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import list_methods
@@ -28,6 +27,8 @@ STEPS = {"shapes-unet": 30, "shapes-dit": 20}
 FEWER = {"shapes-unet": (24, 18, 12, 9, 6), "shapes-dit": (16, 12, 9, 6)}
 OURS, DIFFUSERS, NOTHING = "diffusers-ext", "diffusers", "-"
 PICTURES, TIMED_PICTURES, PAIRS = 8, 4, 3
+# Captions on which MagCache is calibrated, none of those that are measured.
+CALIBRATION, CALIBRATION_START = 4, 1000
 COLUMNS = ["Model", "Library", "Setting", "MACs", "Time", "PSNR to the full run", "Judge: all attributes"]
 
 
@@ -56,26 +57,6 @@ def _merged_tokens(pipe: Any, ratio: float) -> Iterator[None]:
         tomesd.remove_patch(pipe)
 
 
-@contextmanager
-def _dbcache(pipe: Any, threshold: float) -> Iterator[None]:
-    """cache-dit's DBCache: first block computed, the others by its residual, warm-up of two steps."""
-    import cache_dit
-
-    logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
-    config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=1,
-        Bn_compute_blocks=0,
-        max_warmup_steps=2,
-        residual_diff_threshold=threshold,
-        enable_separate_cfg=True,
-    )
-    cache_dit.enable_cache(pipe, cache_config=config)
-    try:
-        yield
-    finally:
-        cache_dit.disable_cache(pipe)
-
-
 def _upstream() -> dict[str, list[Any]]:
     """Configs of diffusers' caches for transformers, by name; three strengths where they have a dial."""
     from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
@@ -86,6 +67,35 @@ def _upstream() -> dict[str, list[Any]]:
             TaylorSeerCacheConfig(cache_interval=n, disable_cache_before_step=2, max_order=1) for n in INTERVALS
         ],
     }
+
+
+class _MagCache:
+    """diffusers' MagCache with ratios that it measures on this model, steps and guidance, before its first use.
+
+    Args:
+        steps: Of every run.
+    """
+
+    def __init__(self, steps: int):
+        self.steps, self.ratios = steps, []
+
+    def turned_on(self, pipe: Any, skipped: int) -> AbstractContextManager:
+        """MagCache on a pipeline, skipping at most so many steps in a row."""
+        from diffusers.hooks import MagCacheConfig
+
+        self.ratios = self.ratios or self._calibrated(pipe)
+        given = {"mag_ratios": self.ratios, "num_inference_steps": self.steps}
+        return diffusers_ext.apply(pipe, MagCacheConfig(max_skip_steps=skipped, **given))
+
+    def _calibrated(self, pipe: Any) -> list[float]:
+        """Mean of the ratios of conditional and unconditional calls."""
+        from diffusers.hooks import MagCacheConfig
+
+        captions = zoo.held_out(CALIBRATION, start=CALIBRATION_START).captions
+        with diffusers_ext.apply(pipe, MagCacheConfig(calibrate=True, num_inference_steps=self.steps)) as handle:
+            zoo.generate(pipe, captions, num_inference_steps=self.steps)
+            ratios = handle.summary()["mag-cache"]["mag_ratios"]
+        return torch.tensor(ratios).mean(0).tolist()
 
 
 def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
@@ -106,8 +116,11 @@ def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
         for config in configs:
             dial = getattr(config, "threshold", None) or getattr(config, "cache_interval", None)
             yield DIFFUSERS, method, Setting(f"{dial:g}", lambda pipe, c=config: diffusers_ext.apply(pipe, c))
+    mag = _MagCache(STEPS[name])
+    for skipped in (1, 2, 3):
+        yield DIFFUSERS, "MagCache", Setting(f"K = {skipped}", lambda pipe, k=skipped: mag.turned_on(pipe, k))
     for threshold in (0.08, 0.12, 0.24):
-        yield "cache-dit", "DBCache", Setting(f"{threshold:g}", lambda pipe, x=threshold: _dbcache(pipe, x))
+        yield "cache-dit", "DBCache", Setting(f"{threshold:g}", lambda pipe, x=threshold: dbcache(pipe, x))
 
 
 class Bench:
@@ -222,6 +235,7 @@ def bench(out_dir: Path, pictures: int = PICTURES, models: tuple[str, ...] = tup
         f"{' '.join(_verdict(name, points) for name, points in panels.items())}\n\n{pictures} held-out captions, "
         f"guidance 3; DDIM with {STEPS['shapes-unet']} steps, Euler with {STEPS['shapes-dit']}. MACs and time are "
         f"shares of the full run, of whole pipeline calls with {TIMED_PICTURES} pictures; time is processor time, the "
-        "median of interleaved pairs with their smallest and largest."
+        "median of interleaved pairs with their smallest and largest. MagCache was calibrated on "
+        f"{CALIBRATION} other captions."
     )
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": plot(panels, out_dir / "frontier.png")}
