@@ -17,6 +17,7 @@ from benchmarks.adapter import Cost, parameters_of, size_of
 from diffusers_ext import CtrlAdapterControl, CtrlAdapterModel, zoo
 from diffusers_ext.eval import PairedTiming, count_macs, paired_ratio
 from diffusers_ext.registry import MethodRecord
+from diffusers_ext.training.denoising import FluxTask
 from diffusers_ext.zoo.conditions import edge_f1, edge_iou, edges
 
 
@@ -33,6 +34,8 @@ COLUMNS = [
 ]
 # The adapter whose control does not depend on the step.
 ONCE = "once per picture"
+RANDOM = "random weights"
+Way = tuple[str, str]
 Draw = Callable[[list[str]], torch.Tensor]
 
 
@@ -90,6 +93,15 @@ def fresh(adapter: CtrlAdapterModel, **changes: Any) -> CtrlAdapterModel:
     return CtrlAdapterModel(**{**config, **changes}).eval()
 
 
+@torch.no_grad()
+def shrunk(adapter: CtrlAdapterModel, share: float = 0.1) -> CtrlAdapterModel:
+    """Fresh weights with the small last layers that training starts from."""
+    for name, weight in adapter.named_parameters():
+        if any(f".{layer}." in name for layer in ("conv2", "conv_shortcut", "proj_out")):
+            weight.mul_(share)
+    return adapter
+
+
 def ways(drawing: Drawing) -> Iterator[tuple[str, str, Draw]]:
     """Model, name of the way, and the way itself."""
     yield SOURCE, "nothing", drawing.plain(drawing.source)
@@ -99,18 +111,22 @@ def ways(drawing: Drawing) -> Iterator[tuple[str, str, Draw]]:
     yield "shapes-unet", "that ControlNet as it is", drawing.native(unet)
     yield "shapes-unet", "Ctrl-Adapter", drawing.adapted(unet, adapter)
     yield "shapes-unet", f"Ctrl-Adapter, {ONCE}", drawing.adapted(unet, trained("once-shapes-unet"))
-    yield "shapes-unet", "random weights", drawing.adapted(unet, fresh(adapter))
+    yield "shapes-unet", RANDOM, drawing.adapted(unet, fresh(adapter))
+    dit, adapter = zoo.load("shapes-dit"), trained("shapes-dit")
+    yield "shapes-dit", "nothing", drawing.plain(dit)
+    yield "shapes-dit", f"Ctrl-Adapter, {ONCE}", drawing.adapted(dit, adapter)
+    yield "shapes-dit", RANDOM, drawing.adapted(dit, shrunk(fresh(adapter)))
 
 
-def run_times(drawing: Drawing, pairs: int = 5) -> dict[str, PairedTiming]:
-    """Processor time of a run over that of one without control, by way."""
+def run_times(drawing: Drawing, pairs: int = 5) -> dict[Way, PairedTiming]:
+    """Processor time of a run over that of one without control, by model and way."""
     captions, found, plain = drawing.scenes.captions[:2], {}, drawing.plain(drawing.source)
-    for _, way, draw in ways(drawing):
+    for model, way, draw in ways(drawing):
         if way == "nothing":
             plain = draw
-        elif way != "random weights":
+        elif way != RANDOM:
             runs = functools.partial(draw, captions), functools.partial(plain, captions)
-            found[way] = paired_ratio(*runs, pairs=pairs, clock=time.process_time)
+            found[model, way] = paired_ratio(*runs, pairs=pairs, clock=time.process_time)
     return found
 
 
@@ -205,26 +221,37 @@ _SDXL = {
 }
 
 
-def step_macs(drawing: Drawing) -> tuple[int, int, int]:
-    """Operations of one call of the small UNet, of the ControlNet and of the adapter."""
-    unet, adapter = zoo.load("shapes-unet").unet, trained("shapes-unet")
+def adapter_macs(drawing: Drawing, name: str) -> tuple[int, int]:
+    """Operations of one call of the ControlNet and of an adapter."""
     call = torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, 20, 128)
     with torch.no_grad():
         down, mid = drawing.controlnet(*call, drawing.pictures[:1], return_dict=False)
     control = count_macs(drawing.controlnet, *call, drawing.pictures[:1])
-    return count_macs(unet, *call), control, count_macs(adapter, down, mid, call[1], call[2])
+    return control, count_macs(trained(name), down, mid, call[1], call[2])
 
 
-def per_step(drawing: Drawing) -> dict[str, str]:
+def step_macs(drawing: Drawing) -> tuple[int, int, int]:
+    """Operations of one call of the small UNet, of the ControlNet and of the adapter."""
+    call = torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1, 20, 128)
+    return count_macs(zoo.load("shapes-unet").unet, *call), *adapter_macs(drawing, "shapes-unet")
+
+
+def per_step(drawing: Drawing) -> dict[Way, str]:
     """Operations that every way adds to a step, of a run of `STEPS`."""
     step, control, mine = step_macs(drawing)
+    once = sum(adapter_macs(drawing, "once-shapes-unet"))
+    x, text = torch.zeros(1, 4, 16, 16), {"t5": torch.zeros(1, 20, 128), "pooled": torch.zeros(1, 128)}
+    flux = count_macs(FluxTask.predict, zoo.load("shapes-dit").transformer, x, torch.zeros(1), text)
+    source, mapped = adapter_macs(drawing, "shapes-dit")
     shares = {
-        "its ControlNet": control,
-        "that ControlNet as it is": control,
-        "Ctrl-Adapter": control + mine,
-        f"Ctrl-Adapter, {ONCE}": (control + mine) / STEPS,
+        (SOURCE, "its ControlNet"): control / step,
+        ("shapes-unet", "that ControlNet as it is"): control / step,
+        ("shapes-unet", "Ctrl-Adapter"): (control + mine) / step,
+        ("shapes-unet", f"Ctrl-Adapter, {ONCE}"): once / STEPS / step,
+        # Both calls of a guided step share what the ControlNet says.
+        ("shapes-dit", f"Ctrl-Adapter, {ONCE}"): (source / 2 + mapped) / STEPS / flux,
     }
-    return {way: f"{share / step:+.1%}" for way, share in shares.items()}
+    return {way: f"{share:+.1%}" for way, share in shares.items()}
 
 
 def skipping(drawing: Drawing) -> str:
@@ -253,7 +280,7 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
         found = edges(images)
         agreement = [edge_f1(found, wanted).mean(), edge_iou(found, wanted, tolerance=0).mean()]
         read = judge.accuracy(draw(scenes.captions), scenes.specs)["all"]
-        costs = macs.get(way, "-"), str(times.get(way, "-"))
+        costs = macs.get((model, way), "-"), str(times.get((model, way), "-"))
         rows.append([model, way, *(f"{a:.3f}" for a in agreement), f"{read:.1%}", *costs])
         pictures[f"{model}:\n{way}"] = images
     notes = (
@@ -261,10 +288,12 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
         "colours only, against the edges drawn by: F1 within one pixel, IoU without tolerance. Judge: on full "
         f"captions, drawn by the edges too. The ControlNet was trained on {SOURCE}, the adapter with ControlNet and "
         "backbone frozen (steps and data in examples/train_adapters/README.md). Once per picture: latents skipped, "
-        "ControlNet and adapter at a fixed timestep. MACs relative to a step of the UNet, spread over the run; time "
-        "of a run of two pictures over one without control. ControlNet "
+        "ControlNet and adapter at a fixed timestep. MACs relative to a step of the model, spread over the run; "
+        "time of a run of two pictures over one without control. Random weights for shapes-dit: as small as training "
+        "starts with; larger ones draw noise, whose many edges meet any others. ControlNet "
         f"{parameters_of(drawing.controlnet) / 1e6:.2f} M parameters, adapter "
-        f"{parameters_of(trained('shapes-unet')) / 1e6:.2f} M. {skipping(drawing)}. {sdxl_cost()}."
+        f"{parameters_of(trained('shapes-unet')) / 1e6:.2f} M, that for shapes-dit "
+        f"{parameters_of(trained('shapes-dit')) / 1e6:.2f} M. {skipping(drawing)}. {sdxl_cost()}."
     )
     return {
         "columns": COLUMNS,

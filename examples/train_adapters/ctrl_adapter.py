@@ -12,6 +12,7 @@ Every stage goes on from its checkpoint when started again.
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -32,19 +33,27 @@ SOURCE, CONTROLNET = "shapes-unet-eps", "controlnet-edges-shapes-unet-eps"
 BUDGETS = {
     "controlnet": Budget(steps=800, batch=16, lr=2e-3),
     "shapes-unet": Budget(steps=200, batch=16, lr=2e-3),
-    "once-shapes-unet": Budget(steps=300, batch=16, lr=2e-3),
-    "shapes-dit": Budget(steps=200, batch=16, lr=2e-3),
+    "once-shapes-unet": Budget(steps=268, batch=16, lr=2e-3),
+    "shapes-dit": Budget(steps=280, batch=16, lr=8e-3),
 }
 # Share of phrases that captions leave out; the adapter is to learn places, sizes and grounds from the edges.
-CAPTION_DROP = {"controlnet": 0.15, "shapes-unet": 0.6, "once-shapes-unet": 0.6, "shapes-dit": 0.6}
+CAPTION_DROP = {"controlnet": 0.15, "shapes-unet": 0.6, "once-shapes-unet": 0.6, "shapes-dit": 0.7}
 # Sizes of the small models; attention heads of 16 channels.
 SMALL = {"controlnet_sample_size": 16, "transformer_dim": 64, "attention_head_dim": 16, "norm_groups": 8}
+ONCE = {"skip_conv_in": True, "fixed_controlnet_timestep": 500, "fixed_adapter_timestep": 500}
+# Where the adapters are. Group B has the size of the transformer's tokens, so nothing is averaged.
+LOCATIONS = {"shapes-unet": "AB", "once-shapes-unet": "AB", "shapes-dit": "B"}
 # A transformer has other noise levels: its ControlNet sees the edges only, always at the same timestep.
 KINDS = {
     "shapes-unet": {"num_adapters_per_location": 3},
-    "once-shapes-unet": {"skip_conv_in": True, "fixed_controlnet_timestep": 500, "fixed_adapter_timestep": 500},
-    "shapes-dit": {"num_adapters_per_location": 1, "skip_conv_in": True, "fixed_controlnet_timestep": 500},
+    "once-shapes-unet": ONCE,
+    "shapes-dit": {"num_adapters_per_location": 1, **ONCE},
 }
+# Share of steps that are moved to high noise levels of the flow, where places and sizes are decided.
+HIGH = {"shapes-dit": 0.4}
+# What fresh weights add to a transformer's tokens, in every block, disturbs it most: they start at a tenth.
+START = {"shapes-dit": 0.1}
+LAST_LAYERS = ("conv2", "conv_shortcut", "proj_out")
 
 
 def small_controlnet(unet: nn.Module) -> ControlNetModel:
@@ -108,15 +117,28 @@ def _controlnet_of(work: Path) -> ControlNetModel:
 class ControlledTask:
     """A training task whose denoiser is drawn by the edges of its rows."""
 
-    def __init__(self, task, adapter: CtrlAdapterModel, make_control):
-        self.task, self.adapter, self.make_control = task, adapter, make_control
-        self.levels, self.noise_levels = task.levels, task.noise_levels
-        self.weight, self.prediction = task.weight, task.prediction
+    def __init__(self, task, adapter: CtrlAdapterModel, make_control, high: float = 0.0):
+        self.task, self.adapter, self.make_control, self.high = task, adapter, make_control, high
+        self.noise_levels, self.weight, self.prediction = task.noise_levels, task.weight, task.prediction
+
+    def levels(self, draws: Draws) -> torch.Tensor:
+        """Noise levels of the task; some of them, for a flow, drawn again from 0.45 to 0.99."""
+        if not self.high:
+            return self.task.levels(draws)
+        return torch.where(draws.uniform() < self.high, 0.45 + 0.54 * draws.uniform(), self.task.levels(draws))
 
     def predict(self, model, x, level, text):
         """The denoiser's output, controlled."""
         self.adapter.control = self.make_control(text["source"])
         return self.task.predict(model, x, level, text)
+
+
+@torch.no_grad()
+def start_small(model: nn.Module, share: float) -> None:
+    """Shrink the layers that an adapter's output is a sum of."""
+    for name, weight in model.named_parameters():
+        if any(f".{layer}." in name for layer in LAST_LAYERS):
+            weight.mul_(share)
 
 
 def adapter(work: Path, budget: Budget, images: int, drop: float, name: str) -> Path:
@@ -128,12 +150,15 @@ def adapter(work: Path, budget: Budget, images: int, drop: float, name: str) -> 
     said = {**data.text, "source": encode_text(source, ["", *data.scenes.captions])["clip"]}
     data = ShapesSet(data.scenes, data.latents, said)
     hints = edges(data.scenes.images).bool()
-    model = CtrlAdapterModel.for_model(pipe, control, "AB", **SMALL, **KINDS[name])
+    torch.manual_seed(budget.seed)
+    model = CtrlAdapterModel.for_model(pipe, control, LOCATIONS[name], **SMALL, **KINDS[name])
+    start_small(model, START.get(name, 1.0))
     model.attach(backbone)
 
     def loss(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
         pictures = hints[rows].float().expand(-1, 3, -1, -1)
-        task = ControlledTask(task_of(pipe), model, lambda text: CtrlAdapterControl(control, pictures, text))
+        control_of = functools.partial(CtrlAdapterControl, control, pictures)
+        task = ControlledTask(task_of(pipe), model, control_of, HIGH.get(name, 0.0))
         return denoising_loss(task, backbone, data, rows, draws)
 
     fit(name, model, loss, len(data), budget, work)

@@ -15,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNetSpatioTemporalConditionModel,
 )
+from safetensors.torch import load_file, save_file
 
 import diffusers_ext
 from diffusers_ext import CtrlAdapterControl, CtrlAdapterModel, CtrlAdapterRouter, zoo
@@ -36,7 +37,7 @@ VIDEO = {
 SMALL = {"transformer_dim": 32, "attention_head_dim": 8, "norm_groups": 8, "controlnet_sample_size": 16}
 WIDTHS, FRAMES = (32, 64, 64, 64), 3
 CONTROLNET, PICTURES = "controlnet-edges-shapes-unet-eps", 12
-SHIPPED = ["ctrl-adapter-shapes-unet", "ctrl-adapter-once-shapes-unet"]
+SHIPPED, TRANSFORMER = ["ctrl-adapter-shapes-unet", "ctrl-adapter-once-shapes-unet"], "ctrl-adapter-shapes-dit"
 
 
 def control_network(seed=0) -> ControlNetModel:
@@ -332,7 +333,7 @@ class TestLatentSkipping:
             every = zoo.generate(shapes_unet, scenes.captions, 4)
         note.remove(), step.remove()
         assert torch.equal(once, every) and len(calls) == 7
-        assert adapter._constant == adapter._adapted == (None, None, None)
+        assert adapter._constant == (None, None, None) and not adapter._adapted
 
 
 def block_macs(channels, side, words, context, width=512):
@@ -578,34 +579,38 @@ def rank_correlation(a, b):
     return torch.corrcoef(ranks)[0, 1].item()
 
 
+@pytest.fixture(scope="module")
+def scenes():
+    return zoo.held_out(PICTURES)
+
+
+@pytest.fixture(scope="module")
+def wanted(scenes):
+    return edges(scenes.images)
+
+
+@pytest.fixture(scope="module")
+def captions(scenes):
+    """Shapes and colours only: where things are and how large is for the edges to say."""
+    return [zoo.caption(spec, keep=()) for spec in scenes.specs.tolist()]
+
+
+@pytest.fixture(scope="module")
+def native(captions, wanted, edge_control):
+    """Agreement of the ControlNet on its own model."""
+    from diffusers import StableDiffusionControlNetPipeline
+
+    pipe = StableDiffusionControlNetPipeline.from_pipe(zoo.load("shapes-unet-eps"), controlnet=edge_control)
+    pipe.set_progress_bar_config(disable=True)
+    images = zoo.generate(pipe, captions, 10, image=wanted.expand(-1, 3, -1, -1))
+    return edge_f1(edges(images), wanted).mean()
+
+
 class TestLearnt:
     """The shipped files: an edge ControlNet of shapes-unet-eps, and adapters that bring it to other models."""
 
-    @pytest.fixture(scope="class")
-    def scenes(self):
-        return zoo.held_out(PICTURES)
-
-    @pytest.fixture(scope="class")
-    def wanted(self, scenes):
-        return edges(scenes.images)
-
-    @pytest.fixture(scope="class")
-    def captions(self, scenes):
-        """Shapes and colours only: where things are and how large is for the edges to say."""
-        return [zoo.caption(spec, keep=()) for spec in scenes.specs.tolist()]
-
-    @pytest.fixture(scope="class")
-    def native(self, captions, wanted, edge_control):
-        """Agreement of the ControlNet on its own model."""
-        from diffusers import StableDiffusionControlNetPipeline
-
-        pipe = StableDiffusionControlNetPipeline.from_pipe(zoo.load("shapes-unet-eps"), controlnet=edge_control)
-        pipe.set_progress_bar_config(disable=True)
-        images = zoo.generate(pipe, captions, 10, image=wanted.expand(-1, 3, -1, -1))
-        return edge_f1(edges(images), wanted).mean()
-
     def test_files_are_small(self):
-        for name in (CONTROLNET, *SHIPPED):
+        for name in (CONTROLNET, TRANSFORMER, *SHIPPED):
             assert zoo.adapter_file(name).stat().st_size < 3e6
 
     def test_other_files_are_no_controlnet(self):
@@ -651,6 +656,88 @@ class TestLearnt:
             controlled = judge.accuracy(zoo.generate(shapes_unet, scenes.captions, 10), scenes.specs)
         for attribute in ("ground", "layout", "shape1", "colour1"):
             assert controlled[attribute] > plain[attribute] - 0.1  # one of twelve pictures
+
+
+class TestLearntByATransformer:
+    """The ControlNet of an epsilon UNet draws with a flow-matching transformer: other width, tokens, noise levels."""
+
+    @pytest.fixture
+    def adapter(self):
+        return CtrlAdapterModel.from_pretrained(zoo.adapter_file(TRANSFORMER))
+
+    def draw(self, pipe, adapter, texts, maps, drawn_by):
+        drawn_by(adapter, texts, maps)
+        with adapter.attach(pipe):
+            return zoo.generate(pipe, texts, 10)
+
+    def agreements(self, images, maps):
+        found = edges(images)
+        return edge_f1(found, maps).mean(), edge_iou(found, maps, tolerance=0).mean()
+
+    def test_the_models_differ(self, shapes_dit, edge_control, adapter):
+        widths = {edge_control.config.block_out_channels[k] for k in range(3)}
+        width = shapes_dit.transformer.config.num_attention_heads * shapes_dit.transformer.config.attention_head_dim
+        (place,) = adapter.active
+        assert adapter.widths[place] == width != adapter.config.controlnet_channels[place] in widths
+        assert zoo.adapter_file(TRANSFORMER).stat().st_size < 0.9e6
+
+    def test_control_carries_over(self, shapes_dit, captions, wanted, native, adapter, drawn_by, example):
+        """Random weights draw no more by the edges than the plain model does.
+
+        They are as small as training starts with: larger ones draw noise, whose many edges meet any edge map.
+        """
+        torch.manual_seed(0)
+        untrained = CtrlAdapterModel(**{k: v for k, v in adapter.config.items() if not k.startswith("_")})
+        example.start_small(untrained, example.START["shapes-dit"])
+        free = self.agreements(zoo.generate(shapes_dit, captions, 10), wanted)
+        random = self.agreements(self.draw(shapes_dit, untrained, captions, wanted, drawn_by), wanted)
+        f1, exact = self.agreements(self.draw(shapes_dit, adapter, captions, wanted, drawn_by), wanted)
+        assert f1 > 0.7 * native and f1 > 2 * free[0] and exact > 3 * free[1]
+        assert random[0] < 1.25 * free[0] and random[1] < 1.25 * free[1]
+
+    @pytest.mark.slow
+    def test_on_many_captions(self, shapes_dit, adapter, drawn_by, judge):
+        """Three times the exact agreement; the judge reads full captions as before."""
+        scenes = zoo.held_out(100)
+        maps = edges(scenes.images)
+        short = [zoo.caption(spec, keep=()) for spec in scenes.specs.tolist()]
+        free = self.agreements(zoo.generate(shapes_dit, short, 10, batch_size=100), maps)
+        drawn_by(adapter, short, maps)
+        with adapter.attach(shapes_dit):
+            found = self.agreements(zoo.generate(shapes_dit, short, 10, batch_size=100), maps)
+            drawn_by(adapter, scenes.captions, maps)
+            full = zoo.generate(shapes_dit, scenes.captions, 10, batch_size=100)
+        assert found[0] > 1.7 * free[0] and found[1] > 3 * free[1]  # F1 by chance is 0.35: many scenes are striped
+        plain = zoo.generate(shapes_dit, scenes.captions, 10, batch_size=100)
+        read = [judge.accuracy(images, scenes.specs)["all"] for images in (full, plain)]
+        assert read[0] > read[1] - 0.03
+
+    def test_true_guidance_controls_both_calls_and_computes_them_once(
+        self, shapes_dit, edge_control, drawn_by, adapter
+    ):
+        """A step calls the transformer with the prompt and with the empty one; each has its own control, kept."""
+        scenes, calls, given = zoo.held_out(2), [], []
+        drawn_by(adapter, scenes.captions, edges(scenes.images))
+        notes = [
+            adapter.register_forward_hook(lambda *_: calls.append("adapter")),
+            edge_control.register_forward_hook(lambda *_: calls.append("ControlNet")),
+        ]
+        forward = shapes_dit.transformer.forward
+
+        def counted(*args, **kwargs):
+            given.append(kwargs["controlnet_block_samples"][0])
+            return forward(*args, **kwargs)
+
+        shapes_dit.transformer.forward = counted
+        try:
+            with adapter.attach(shapes_dit):
+                zoo.generate(shapes_dit, scenes.captions, 3)
+        finally:
+            del shapes_dit.transformer.forward
+            [note.remove() for note in notes]
+        assert len(given) == 6 and all(sample.any() for sample in given)
+        assert sorted(calls) == ["ControlNet", "adapter", "adapter"]
+        assert all(torch.equal(given[k], given[k % 2]) for k in range(6)) and not torch.equal(*given[:2])
 
 
 @pytest.fixture(scope="module")
@@ -780,14 +867,32 @@ class TestBadInput:
         ("change", "words"),
         [
             ({"images": [hints(), hints()]}, "1 ControlNets and 2 condition pictures"),
-            ({"images": hints() * 2}, r"accepted: \[n, channels, height, width\] in \[0, 1\]"),
-            ({"images": hints()[0]}, r"accepted: \[n, channels, height, width\]"),
+            ({"images": hints() + 2}, r"accepted: a tensor \[n, 3, height, width\] in \[0, 1\]"),
+            ({"images": hints() * torch.nan}, "values from nan to nan"),
+            ({"images": hints()[0]}, r"accepted: a tensor \[n, 3, height, width\]"),
+            ({"prompt_embeds": texts()[..., :3]}, "of their own text encoder: see CtrlAdapterControl.from_prompts"),
+            ({"negative_prompt_embeds": texts()[:, :3]}, "must have as many tokens"),
             ({"start": 0.7, "end": 0.5}, "fractions of the steps"),
         ],
     )
     def test_controls(self, network, change, words):
         with pytest.raises(ValueError, match=words):
             CtrlAdapterControl(**{"controlnets": network, "images": hints(), "prompt_embeds": texts(), **change})
+
+    def test_pictures_of_another_shape(self, tiny_xl, network, xl_adapter, xl_call):
+        wide = torch.cat([hints(1), hints(1)], -1)
+        xl_adapter.control = CtrlAdapterControl(network, wide, texts())
+        with pytest.raises(ValueError, match="crop or pad them to its shape"), xl_adapter.attach(tiny_xl):
+            tiny_xl(*xl_call)
+
+    def test_files_of_routers(self, tmp_path):
+        CtrlAdapterRouter(num_experts=2).save_pretrained(tmp_path)
+        path = tmp_path / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        tensors["strange"] = tensors.pop("mid_block_router.wg.weight")
+        save_file(tensors, path, {"format": "pt"})
+        with pytest.raises(ValueError, match="missing: mid_block_router.wg.weight; 1 tensors unknown: strange"):
+            CtrlAdapterRouter.from_pretrained(tmp_path)
 
     def test_pictures_and_batch(self, tiny_xl, network, xl_adapter, xl_call):
         xl_adapter.control = CtrlAdapterControl(network, hints(3), texts())

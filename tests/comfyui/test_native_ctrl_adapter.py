@@ -116,8 +116,13 @@ def test_unet_parity_with_diffusers(sample, apply, adapters, picture):
     assert not torch.allclose(calls[0][-1], plain[0][-1], atol=1e-2)
 
 
-def test_transformer_parity_with_diffusers(sample, apply, adapters, picture):
+@pytest.mark.parametrize("trained", [False, True])
+def test_transformer_parity_with_diffusers(sample, apply, adapters, picture, trained):
     adapter = adapters["shapes-dit"]
+    if trained:
+        adapter = CtrlAdapterModel.from_pretrained(
+            zoo.adapter_file("ctrl-adapter-shapes-dit"), torch_dtype=torch.float32
+        )
     _, calls = sample("shapes-dit", lambda *conds: apply(*conds, adapter))
     plain = sample("shapes-dit")[1]
     transformer, empty = (
