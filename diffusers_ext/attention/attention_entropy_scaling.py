@@ -88,7 +88,7 @@ class ScaledQueries(TorchFunctionMode):
 
     def __init__(self, factor: Callable[[int, int], float]):
         super().__init__()
-        self.factor, self.seen = factor, 0
+        self.factor, self.seen, self.ran = factor, 0, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -96,6 +96,8 @@ class ScaledQueries(TorchFunctionMode):
             args, kwargs = self._scaled(args, kwargs, 0, ("query", "key"), -2)
         elif func is torch.baddbmm:  # logits of the processors that write the softmax out
             args, kwargs = self._scaled(args, kwargs, 1, ("batch1", "batch2"), -1)
+        elif func is F.linear:
+            self.ran = True
         return func(*args, **kwargs)
 
     def _scaled(self, args: tuple, kwargs: dict, place: int, names: tuple[str, str], keys: int) -> tuple[tuple, dict]:
@@ -146,7 +148,7 @@ class _LayerHook(ModelHook):
         with ScaledQueries(layout.factor) as mode:
             output = self.fn_ref.original_forward(*args, **kwargs)
         # Reading the counter inside a compiled graph makes torch 2.13 drop the mode from it.
-        if not torch.compiler.is_compiling() and not mode.seen:
+        if not torch.compiler.is_compiling() and mode.ran and not mode.seen:
             raise RuntimeError(
                 f"attention layer {self.name} ({type(module.processor).__name__}) computes its softmax outside of "
                 "torch, where it cannot be scaled: use model.set_attention_backend('native') or AttnProcessor2_0"
@@ -233,6 +235,7 @@ def picture_of(model: torch.nn.Module, sample: torch.Tensor, base: tuple[int, in
             text="Entropy of attention, and with it the layout of pictures, kept away from the trained size",
             setting="theory; the abstract gives no figure",
         ),
+        conflicts=("ras",),
     )
 )
 @dataclass(frozen=True)

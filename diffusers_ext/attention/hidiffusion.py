@@ -278,7 +278,7 @@ def skip_sizes(unet: torch.nn.Module, sizes: Sequence[tuple[Size, Size]]) -> lis
             value=40,
             unit="percent less time",
         ),
-        conflicts=("deepcache", "faster-diffusion"),
+        conflicts=("a-sdm", "deepcache", "faster-diffusion"),
     )
 )
 @dataclass(frozen=True)

@@ -98,9 +98,10 @@ class _Replaced(TorchFunctionMode):
 
     def __init__(self, function: Callable[..., torch.Tensor]):
         super().__init__()
-        self.function, self.done = function, False
+        self.function, self.done, self.ran = function, False, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.ran = self.ran or func is F.linear
         if func is not F.scaled_dot_product_attention or self.done:
             return func(*args, **(kwargs or {}))
         self.done = True
@@ -120,6 +121,8 @@ class _Shared:
 class _LayerHook(ModelHook):
     """On a self-attention layer."""
 
+    outermost = True  # others may change queries and keys before blocks are chosen
+
     def __init__(self, shared: _Shared, index: int):
         super().__init__()
         self.shared, self.index = shared, index
@@ -134,7 +137,7 @@ class _LayerHook(ModelHook):
     def _sparse(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
         with _Replaced(self._attention) as mode:
             output = self.fn_ref.original_forward(*args, **kwargs)
-        if not mode.done:
+        if mode.ran and not mode.done:  # a cache may stand in for the layer
             raise RuntimeError(
                 f"the attention of {type(module).__name__} does not run through torch's scaled_dot_product_attention: "
                 "VMoBA works with the native attention backend, call set_attention_backend('native')"
@@ -211,6 +214,7 @@ class _RootHook(RunHook[dict]):
             value=1.35,
             unit="times faster",
         ),
+        conflicts=("ras",),
     )
 )
 @dataclass(frozen=True)

@@ -337,6 +337,7 @@ def install(
             hook.single = _Single()  # type: ignore[attr-defined]
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
             done.append((module, hook))
+            _keep_outermost(module)
         if not hasattr(model, _RESET):
             registry = HookRegistry.check_if_exists_or_initialize(model)
             model.__dict__[_RESET] = registry.reset_stateful_hooks
@@ -345,6 +346,15 @@ def install(
         undo()
         raise
     return undo
+
+
+def _keep_outermost(module: torch.nn.Module) -> None:
+    """Let hooks with `outermost` stay around those of other methods, in whatever order they are applied."""
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    for name, hook in list(registry.hooks.items()):
+        if getattr(hook, "outermost", False) and name != registry._hook_order[-1]:
+            unregister(module, name)
+            registry.register_hook(hook, name)
 
 
 def unregister(module: torch.nn.Module, name: str) -> None:

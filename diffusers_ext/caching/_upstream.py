@@ -34,9 +34,11 @@ from ._common import (
     install,
     map_tensors,
     stateful_hooks,
+    steps_left,
     tensors_in,
 )
 from ._upstream_members import KINDS, Kind, Member, install_hooks, uninstall_hooks
+from ._upstream_vision import Vision, noise_levels, require_known_input, require_noise_levels
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,8 @@ class _Clock:
     def __init__(self, pipe: Any, given: Callable[[], float] | None):
         self.pipe, self.given = pipe, given
         self.now = math.inf
-        self.scale = 1.0
+        self.scale = self.factor = 1.0
+        self.steps: int | None = None
 
     def __call__(self) -> float:
         return self.now
@@ -84,26 +87,15 @@ class _Clock:
         timesteps = getattr(self.scheduler, "timesteps", None)
         divided = timesteps is not None and len(timesteps) and time <= 1 < float(timesteps.max())
         self.scale = float(self.scheduler.config.num_train_timesteps) if divided else 1.0
+        self.steps = steps_left(self.pipe, time * self.scale)
 
     def tick(self, time: float, first: bool) -> None:
         self.now = math.inf if first else float(self.given()) if self.given else time * self.scale
 
     def coordinates(self, step: int, time: float) -> dict[str, Any]:
-        """Where a flow-matching run is, as SeaCache wants to know; empty for other schedulers."""
-        if not _is_flow(self.scheduler):
-            return {}
-        steps = len(self.scheduler.timesteps) - (self.scheduler.begin_index or 0)
-        sigma = min(1.0, time * self.scale / self.scheduler.config.num_train_timesteps)
-        return {"step_index": step, "sigma": sigma, "num_inference_steps": steps}
-
-
-def _is_flow(scheduler: Any) -> bool:
-    config = getattr(scheduler, "config", {})
-    return (
-        "FlowMatch" in type(scheduler).__name__
-        or config.get("prediction_type") == "flow_prediction"
-        or bool(config.get("use_flow_sigmas"))
-    )
+        """Where the run is, as SeaCache wants to know."""
+        sigma, self.factor = noise_levels(self.scheduler, time * self.scale)
+        return {"step_index": step, "sigma": sigma, "num_inference_steps": self.steps}
 
 
 class _OnMeta(torch.nn.Module):
@@ -126,6 +118,8 @@ class _RootHook(RunHook[_Call]):
         tokens = itertools.count()
         super().__init__(RunTracker(lambda: _Call(f"{_HOOK}.{next(tokens)}")))
         self.config, self.kind, self.members, self.clock = config, kind, members, clock
+        given = getattr(config, "raw_vision_callback", None)
+        self.vision = given if isinstance(given, Vision) else None
         attributes = [value for member in members for value in vars(member.hook).values()]
         self.managers = list({id(v): v for v in attributes if isinstance(v, StateManager)}.values())
         self.holders = [member.hook for member in members if hasattr(member.hook, "state")]
@@ -150,6 +144,8 @@ class _RootHook(RunHook[_Call]):
                 f"{self.kind.title} skips blocks between which ControlNet adds its residuals ({control[0]}), which "
                 "would then count twice: use TaylorSeerCacheConfig or PyramidAttentionBroadcastConfig there"
             )
+        if self.vision is not None:
+            self.vision.pictures(arguments)  # upstream would swallow the error and reuse nothing
         if isinstance(self.config, upstream.FasterCacheConfig) and not self.config.is_guidance_distilled:
             _require_guidance_batch(arguments)
             if Inputs.of(arguments).sample.ndim == 4:
@@ -168,7 +164,7 @@ class _RootHook(RunHook[_Call]):
         self.clock.tick(time, first=position.step == 0)
         given = self.cache_context._context
         context = replace(given or CacheContext(""), name=call.token)
-        if context.step_index is None:
+        if self.kind.needs_sigma and context.step_index is None:
             context = replace(context, **self.clock.coordinates(self.tracker.run_step, time))
         self.given_context = given
         self._set_context(context)
@@ -299,7 +295,7 @@ class UpstreamCache(MethodConfig):
 
     def check(self, target: Any, num_inference_steps: int | None = None) -> tuple[str, ...]:
         model = denoiser_of(target)
-        active = sorted(set(stateful_hooks(model)))
+        active = sorted({name for name in stateful_hooks(model) if not name.startswith(PREFIX)})
         if active or getattr(model, "is_cache_enabled", False):
             raise ValueError(
                 f"{type(model).__name__} already has an active cache ({', '.join(active) or 'enable_cache'}): "
@@ -340,6 +336,8 @@ class UpstreamCache(MethodConfig):
         config = copy.copy(self.config)
         if self.kind.needs_time:
             config.current_timestep_callback = clock
+        if self.kind.needs_sigma and config.raw_vision_callback is None:
+            config.raw_vision_callback = Vision(model, lambda: clock.factor)
         if isinstance(config, upstream.FasterCacheConfig):
             split = config._unconditional_conditional_input_kwargs_identifiers
             config._unconditional_conditional_input_kwargs_identifiers = [*split, "pooled_projections"]
@@ -355,11 +353,13 @@ class UpstreamCache(MethodConfig):
                 f"{self.kind.title} needs to know the timestep: apply it to the pipeline, or set "
                 "current_timestep_callback"
             )
-        if isinstance(self.config, upstream.SeaCacheConfig) and scheduler is not None and not _is_flow(scheduler):
-            raise ValueError(f"SeaCache needs a flow-matching scheduler, this is a {type(scheduler).__name__}")
+        if self.kind.needs_sigma:
+            require_noise_levels(scheduler)
 
     def _require_layout(self, model: torch.nn.Module) -> None:
         name = type(model).__name__
+        if self.kind.needs_sigma and self.config.raw_vision_callback is None:
+            require_known_input(model)
         if getattr(self.config, "use_lite_mode", False) and not hasattr(model, "proj_out"):
             raise ValueError(f"TaylorSeer's lite mode predicts the output of proj_out, which {name} does not have")
         splits = isinstance(self.config, upstream.FasterCacheConfig) and not self.config.is_guidance_distilled

@@ -11,8 +11,12 @@ import torch
 from diffusers import hooks as upstream
 from diffusers.hooks.hooks import HookFunctionReference, ModelHook
 
-from ..registry import MethodRecord
+from ..registry import MethodRecord, list_methods
 from ._common import tensors_in, unregister
+
+
+# Methods under which one call of the denoiser is several of its blocks, or of other shapes.
+_RESHAPE = ("any-size-diffusion", "hidiffusion")
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,13 @@ class Kind:
     apply: Callable[[torch.nn.Module, Any], None]
     skips_blocks: bool = False
     needs_time: bool = False
+    needs_sigma: bool = False
 
     @functools.cached_property
     def record(self) -> MethodRecord:
+        """Stands in the catalogue's place. Caches exclude each other."""
+        own = (record.slug for record in list_methods(kind="cache"))
+        caches = [slug for slug in (*own, *(kind.slug for kind in KINDS.values())) if slug != self.slug]
         return MethodRecord(
             slug=self.slug,
             family="caching",
@@ -39,6 +47,7 @@ class Kind:
             predictions=("epsilon", "v_prediction", "sample", "flow_prediction"),
             nodes=(),
             claim=None,  # not a method of this package
+            conflicts=(*caches, *_RESHAPE),
         )
 
 
@@ -60,7 +69,9 @@ KINDS = {
     upstream.FasterCacheConfig: Kind(
         "faster-cache", "FasterCache", "2410.19355", upstream.apply_faster_cache, needs_time=True
     ),
-    upstream.SeaCacheConfig: Kind("sea-cache", "SeaCache", "2602.18993", upstream.apply_sea_cache, skips_blocks=True),
+    upstream.SeaCacheConfig: Kind(
+        "sea-cache", "SeaCache", "2602.18993", upstream.apply_sea_cache, skips_blocks=True, needs_sigma=True
+    ),
 }
 
 

@@ -250,7 +250,7 @@ def hooks_of(
             value=3,
             unit="times faster",
         ),
-        conflicts=("delta-dit", "ras"),
+        conflicts=("any-size-diffusion", "delta-dit", "ras"),
     )
 )
 @dataclass(frozen=True)

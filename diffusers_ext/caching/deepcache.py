@@ -135,6 +135,7 @@ class _SkipHook(InheritHook):
             value=2.3,
             unit="times faster",
         ),
+        conflicts=("a-sdm", "any-size-diffusion", "faster-diffusion", "hidiffusion"),
     )
 )
 @dataclass(frozen=True)

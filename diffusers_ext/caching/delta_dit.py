@@ -315,6 +315,7 @@ def _metadata(block: torch.nn.Module) -> TransformerBlockMetadata:
             value=1.6,
             unit="times faster",
         ),
+        conflicts=("any-size-diffusion", "bac", "ras"),
     )
 )
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ class _ControlHook(RunHook[_Store]):
             value=1.69,
             unit="times faster",
         ),
-        conflicts=("deepcache",),
+        conflicts=("a-sdm", "any-size-diffusion", "deepcache", "hidiffusion"),
     )
 )
 @dataclass(frozen=True)

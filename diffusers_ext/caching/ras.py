@@ -305,7 +305,7 @@ def _watch(root: _RootHook):
             value=2.36,
             unit="times faster",
         ),
-        conflicts=("delta-dit",),
+        conflicts=("any-size-diffusion", "attention-entropy-scaling", "bac", "delta-dit", "vmoba"),
     )
 )
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,15 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -32,6 +39,7 @@ from diffusers.hooks import (
 
 import diffusers_ext
 from diffusers_ext import DeepCacheConfig
+from diffusers_ext.caching._upstream_vision import Vision, noise_levels
 from diffusers_ext.eval import count_macs
 
 
@@ -152,16 +160,21 @@ def _latents(name, batch, size, seed):
     return torch.randn(shape, generator=generator)
 
 
+def _extra(name, size):
+    """Where Flux's tokens are in the picture."""
+    if name != "flux":
+        return {}
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return {"img_ids": torch.stack([torch.zeros(size, size), y, x], -1).reshape(-1, 3).float()}
+
+
 def _loop(model, name, batch=2, size=8, seed=0, steps=STEPS, split=False, calls=1, stop=None, timesteps=None):
     """A plain sampling loop; `split` calls conditional and unconditional apart, `calls` repeats within a step."""
     kinds = [_conditions(name, batch, 10 + i) for i in range(2 if split else 1)]
     x = _latents(name, batch, size, seed)
     if timesteps is None:
         timesteps = torch.linspace(1000, 100, steps)
-    extra = {}
-    if name == "flux":
-        y, z = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-        extra["img_ids"] = torch.stack([torch.zeros(size, size), y, z], -1).reshape(-1, 3).float()
+    extra = _extra(name, size)
     with torch.no_grad():
         for index, t in enumerate(timesteps):
             if stop == index:
@@ -205,6 +218,7 @@ def _configs():
             spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 990)
         ),
         "faster-cache": FasterCacheConfig(is_guidance_distilled=True, attention_weight_callback=lambda _: 0.3),
+        "sea-cache": SeaCacheConfig(threshold=1e9),
     }
 
 
@@ -267,7 +281,7 @@ def test_kinds_of_calls_do_not_see_each_other(case):
     config, _, name, model = case
     outputs = {}
     kinds = [_conditions(name, 2, 10 + i) for i in range(2)]
-    extra = {"img_ids": torch.zeros(16, 3)} if name == "flux" else {}
+    extra = _extra(name, 4)
     x = _latents(name, 2, 4, 0)
 
     def call(kind, t):
@@ -298,8 +312,8 @@ def test_figures_are_those_that_ran(case):
 def test_equals_diffusers_where_it_works_alone(make):
     """Flux sets the context in its pipeline: with one kind of call, upstream alone gives the same numbers."""
     for slug, config in _configs().items():
-        if slug in ("pyramid-attention-broadcast", "faster-cache"):
-            continue
+        if slug in ("pyramid-attention-broadcast", "faster-cache", "sea-cache"):
+            continue  # they ask for a callback
         model = make("flux")
         model.enable_cache(copy.copy(config))
         with model.cache_context("cond"):
@@ -342,23 +356,101 @@ def test_faster_cache_refuses_what_it_would_get_wrong(make):
         _loop(sd3, "sd3", batch=3)
 
 
-def test_sea_cache_gets_its_coordinates(make):
-    """Wan's pipeline passes no step and sigma, without which upstream alone never reuses anything."""
-    model = make("wan")
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(STEPS)
-    plain = _loop(model, "wan", timesteps=scheduler.timesteps)
-    config = SeaCacheConfig(threshold=1e9)
-    with diffusers_ext.apply(Pipe(model), config) as handle:
-        cached = _loop(model, "wan", timesteps=scheduler.timesteps)
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("name", MODELS)
+def test_sea_cache_gets_its_coordinates(make, name, scheduler):
+    """No pipeline of these models passes step and sigma, without which upstream alone never reuses anything."""
+    pipe = Pipe(make(name), scheduler())
+    times = pipe.scheduler.timesteps
+    plain = _loop(pipe.transformer, name, timesteps=times)
+    with diffusers_ext.apply(pipe, SeaCacheConfig(threshold=1e9)) as handle:
+        cached = _loop(pipe.transformer, name, timesteps=times)
         figures = handle.summary()["sea-cache"]
-        assert torch.equal(_loop(model, "wan", timesteps=scheduler.timesteps), cached)
+        assert torch.equal(_loop(pipe.transformer, name, timesteps=times), cached)
     # Full: the retained first step, every third after two reuses, and the last.
     assert (figures["computed"], figures["reused"]) == (3, 3)
     assert not torch.equal(cached, plain)
-    assert torch.equal(_loop(model, "wan", timesteps=scheduler.timesteps), plain)
-    with pytest.raises(ValueError, match="flow-matching.*DDIMScheduler"):
-        diffusers_ext.apply(Pipe(model, DDIMScheduler()), config)
+    assert torch.equal(_loop(pipe.transformer, name, timesteps=times), plain)
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+def test_sea_cache_counts_a_run_that_begins_late(make, steps):
+    """Image to image: the last step of what is left is computed, whether the scheduler was told where it begins."""
+    model, counts = make("pixart"), []
+    for told in (True, False):
+        pipe = Pipe(model, DPMSolverMultistepScheduler())
+        pipe.scheduler.set_timesteps(steps)
+        begin = steps - 6
+        if told:
+            pipe.scheduler.set_begin_index(begin)
+        with diffusers_ext.apply(pipe, SeaCacheConfig(threshold=1e9, max_consecutive_cached=0)) as handle:
+            _loop(model, "pixart", timesteps=pipe.scheduler.timesteps[begin:])
+            counts.append(handle.summary()["sea-cache"]["computed"])
+    assert counts == [2, 2]
+
+
+def test_noise_levels_agree_with_samples():
+    """A variance-preserving sample times the factor is the flow-matching sample of the level."""
+    ddim, flow = DDIMScheduler(), FlowMatchEulerDiscreteScheduler()
+    clean, noise = torch.randn(2, 4, 4, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
+    for time in (0, 250, 999):
+        bar = ddim.alphas_cumprod[time].double()
+        level, factor = noise_levels(ddim, float(time))
+        vp = bar.sqrt() * clean + (1 - bar).sqrt() * noise
+        torch.testing.assert_close(factor * vp, (1 - level) * clean + level * noise)
+    assert noise_levels(flow, 1000.0) == (1.0, 1.0)
+    assert noise_levels(flow, 250.0) == (pytest.approx(0.25), 1.0)
+
+
+def test_sea_cache_sees_the_picture_of_packed_tokens(make):
+    """As Flux's pipeline packs them, with the tokens of a reference picture after them."""
+    pixels = torch.arange(2 * 6 * 8.0).view(2, 1, 6, 8)
+    tokens = FluxPipeline._pack_latents(pixels, 2, 1, 6, 8)
+    ids = FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32)
+    more = torch.cat([ids, ids + torch.tensor([1.0, 0, 0])])
+    vision = Vision(make("flux"), lambda: 1.0)
+    for x, places in ((tokens, ids), (torch.cat([tokens, tokens + 1], 1), more)):
+        seen = vision.pictures({"hidden_states": x, "timestep": 1.0, "img_ids": places})
+        assert torch.equal(torch.stack(seen), pixels[:, :, None])
+    with pytest.raises(ValueError, match="12 tokens.*raw_vision_callback"):
+        vision.pictures({"hidden_states": tokens, "timestep": 1.0, "img_ids": torch.zeros(12, 3)})
+
+
+def test_sea_cache_refuses_what_it_cannot_see(make, traces):
+    """Before the run where the model tells, else at its first call; never a run that reuses nothing."""
+    config, sd3, flux = SeaCacheConfig(threshold=1e9), make("sd3"), make("flux")
+    with pytest.raises(ValueError, match="apply it to the pipeline"):
+        diffusers_ext.apply(sd3, config)
+    edm = EDMEulerScheduler()
+    assert (
+        "EDMEulerScheduler is neither"
+        in diffusers_ext.check(SimpleNamespace(unet=sd3, scheduler=edm), config).errors[0]
+    )
+    qwen = QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=(2, 2, 4)
+    )
+    assert "img_shapes" in diffusers_ext.check(Pipe(qwen), config).errors[0]
+    with diffusers_ext.apply(Pipe(flux), config), pytest.raises(ValueError, match="raw_vision_callback"):
+        flux(
+            hidden_states=torch.zeros(1, 9, 4),
+            timestep=torch.ones(1),
+            img_ids=torch.zeros(9, 3),
+            **_conditions("flux", 1, 0),
+        )
+    assert traces(sd3) == traces(flux) == traces(qwen) == ({}, set(), False)
+
+
+def test_sea_cache_takes_a_callback_of_yours(make):
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append(kwargs["timestep"])
+        return [x[:, None] for x in kwargs["hidden_states"].unbind(0)]
+
+    model = make("sd3")
+    with diffusers_ext.apply(Pipe(model), SeaCacheConfig(threshold=1e9, raw_vision_callback=look)) as handle:
+        _loop(model, "sd3")
+        assert handle.summary()["sea-cache"]["reused"] == 3 and len(seen) == STEPS
 
 
 def test_mag_cache_reports_its_calibration(make):
@@ -377,8 +469,9 @@ def test_threshold_off_is_exact(make):
     for name in ("sd3", "pixart", "dit", "sana", "flux"):
         model = make(name)
         plain = _loop(model, name)
-        for config in (FirstBlockCacheConfig(-1.0), MagCacheConfig(threshold=-1.0, mag_ratios=[1.0] * STEPS)):
-            with diffusers_ext.apply(model, config) as handle:
+        mag = MagCacheConfig(threshold=-1.0, mag_ratios=[1.0] * STEPS)
+        for config in (FirstBlockCacheConfig(-1.0), mag, SeaCacheConfig(threshold=0)):
+            with diffusers_ext.apply(Pipe(model), config) as handle:
                 assert torch.equal(_loop(model, name), plain)
                 (figures,) = handle.summary().values()
             assert figures["reused"] == 0 and figures["macs_saved"] == 0
@@ -401,18 +494,22 @@ def test_only_one_cache_at_a_time(make, slug):
     with diffusers_ext.apply(model, config):
         with pytest.raises(ValueError, match="already applied"):
             diffusers_ext.apply(model, config)
-        with pytest.raises(ValueError, match="active cache"):
+        with pytest.raises(ValueError, match=f"pyramid-attention-broadcast cannot be combined with {slug}"):
             diffusers_ext.apply(Pipe(model), _configs()["pyramid-attention-broadcast"])
+    flux = make("flux")
+    flux.enable_cache(config)
+    with pytest.raises(ValueError, match="already has an active cache"):
+        diffusers_ext.apply(Pipe(flux), config)
 
 
 def test_stacking_with_caches_of_this_package_is_refused(make_unet, traces):
     unet = make_unet()
     broadcast = PyramidAttentionBroadcastConfig(cross_attention_block_skip_range=2)
     pipe = Pipe(unet, DDIMScheduler())
-    with diffusers_ext.apply(pipe, DeepCacheConfig()), pytest.raises(ValueError, match="active cache"):
-        diffusers_ext.apply(pipe, broadcast)
-    with diffusers_ext.apply(pipe, broadcast), pytest.raises(ValueError, match="active cache"):
-        diffusers_ext.apply(pipe, DeepCacheConfig())
+    for configs in ((DeepCacheConfig(), broadcast), (broadcast, DeepCacheConfig())):
+        assert "cannot be combined" in diffusers_ext.check(pipe, *configs).errors[0], "before one of them is applied"
+        with diffusers_ext.apply(pipe, configs[0]), pytest.raises(ValueError, match="cannot be combined"):
+            diffusers_ext.apply(pipe, configs[1])
     assert traces(unet) == ({}, set(), False)
 
 
@@ -518,10 +615,13 @@ def _sd3_pipeline(make):
     return pipe, draw
 
 
-def _dit_pipeline(make):
+def _tiny_vae():
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, mid_block_add_attention=False)
-    pipe = DiTPipeline(transformer=make("dit"), vae=vae, scheduler=DDIMScheduler())
+    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, mid_block_add_attention=False)
+
+
+def _dit_pipeline(make):
+    pipe = DiTPipeline(transformer=make("dit"), vae=_tiny_vae(), scheduler=DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
 
     def draw(**kwargs):
@@ -532,7 +632,35 @@ def _dit_pipeline(make):
     return pipe, draw
 
 
-@pytest.mark.parametrize("build", [_sd3_pipeline, _dit_pipeline])
+def _with_embeddings(pipe, size):
+    """Draws latents with a pipeline that takes embeddings and masks of T5 or Gemma."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    text = {f"{p}prompt_embeds": torch.randn(1, 5, 16, generator=generator) for p in ("", "negative_")}
+    text |= {f"{p}prompt_attention_mask": torch.ones(1, 5) for p in ("", "negative_")}
+    text |= {"negative_prompt": None, "use_resolution_binning": False, "output_type": "latent"}
+
+    def draw(**kwargs):
+        settings = {"num_inference_steps": STEPS, "height": size, "width": size} | kwargs
+        return pipe(**text, **settings, generator=torch.Generator().manual_seed(1)).images
+
+    return pipe, draw
+
+
+def _pixart_pipeline(make):
+    parts = {"tokenizer": None, "text_encoder": None, "vae": _tiny_vae(), "transformer": make("pixart")}
+    return _with_embeddings(PixArtAlphaPipeline(**parts, scheduler=DPMSolverMultistepScheduler()), 8)
+
+
+def _sana_pipeline(make):
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": make("sana")}
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
+    )
+    return _with_embeddings(SanaPipeline(**parts, scheduler=scheduler), 256)
+
+
+@pytest.mark.parametrize("build", [_sd3_pipeline, _dit_pipeline, _pixart_pipeline, _sana_pipeline])
 @pytest.mark.parametrize("slug", _configs())
 def test_real_pipelines_that_set_no_context(make, build, slug, traces):
     """Where diffusers alone raises "No cache context is set", or mixes its states, runs are exact and repeatable."""
