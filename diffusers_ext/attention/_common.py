@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..caching._common import steps_of
+from ..caching._common import places_of, steps_of
 
 
 def run_length(target: Any, time: float) -> int | None:
@@ -13,7 +13,7 @@ def run_length(target: Any, time: float) -> int | None:
     scheduler = getattr(target, "scheduler", None)
     if scheduler is None:
         return None
-    found = (scheduler.timesteps.double() == time).nonzero().flatten().tolist()
+    found = places_of(target, time)
     if not found:
         return steps_of(target)
     return math.ceil((len(scheduler.timesteps) - found[0]) / getattr(scheduler, "order", 1))

@@ -390,12 +390,23 @@ def steps_of(target: Any) -> int | None:
     return math.ceil(left / getattr(scheduler, "order", 1))
 
 
+def places_of(target: Any, time: float) -> list[int]:
+    """Indices of a timestep, as the denoiser gets it, in the scheduler of a pipeline; none for a model without one."""
+    scheduler = getattr(target, "scheduler", None)
+    if getattr(scheduler, "timesteps", None) is None:
+        return []
+    times = scheduler.timesteps.double()
+    if time <= 1 < times.max():  # Flux and its relatives get times from 0 to 1, in float32
+        length = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+        found = ((times / length - time).abs() < 1e-6).nonzero().flatten().tolist()
+        if found:
+            return found
+    return (times == time).nonzero().flatten().tolist()
+
+
 def place_of(target: Any, time: float) -> int | None:
     """Index of a timestep in the scheduler of a pipeline; None where it is not in there exactly once."""
-    timesteps = getattr(getattr(target, "scheduler", None), "timesteps", None)
-    if timesteps is None:
-        return None
-    found = (timesteps.double() == time).nonzero().flatten().tolist()
+    found = places_of(target, time)
     return found[0] if len(found) == 1 else None
 
 

@@ -172,6 +172,32 @@ def test_adding_changes_beats_stale_outputs(monkeypatch):
     assert error() > 5 * ours > 0
 
 
+@pytest.mark.parametrize("order", ["rear", "front"])
+def test_a_skipped_step_at_the_same_input_equals_the_full_one(order):
+    """h_in + (h_out - h_in). The times differ for the cache, and are the same number for the model, in float32."""
+    model, x = make_dit(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    labels, times = torch.tensor([1, 7]), torch.tensor([500, 500 - 1e-9], dtype=torch.float64)
+
+    def call(t):
+        return model(x, timestep=t.expand(2), class_labels=labels, return_dict=False)[0]
+
+    with torch.no_grad(), diffusers_ext.apply(model, DeltaDiTConfig(2, 6, span_order=order)) as handle:
+        full, skipped = call(times[0]), call(times[1])
+        assert handle.summary()["delta-dit"]["blocks_run"] == 8 + 2
+    torch.testing.assert_close(skipped, full, atol=1e-6 * full.abs().max().item(), rtol=0)
+
+
+@pytest.mark.slow
+def test_the_order_of_the_paper_is_closer_on_a_trained_model():
+    """Rear then front against front then rear at equal cost, mean over 16 pictures."""
+    pipe, captions, orders = zoo.load("shapes-dit"), zoo.held_out(16).captions, ("rear_then_front", "front_then_rear")
+    plain, errors = zoo.generate(pipe, captions), []
+    for order in orders:
+        with diffusers_ext.apply(pipe, DeltaDiTConfig(2, span_order=order)):
+            errors.append((zoo.generate(pipe, captions) - plain).pow(2).mean().item())
+    assert 0 < errors[0] <= errors[1], errors
+
+
 def test_a_change_in_the_number_of_tokens_computes_in_full():
     tokens = torch.arange(24.0).view(1, 6, 4)
     call = Call({"front": (0, 2)}, "front", (), {"front": (torch.ones(1, 8, 4),)})

@@ -15,6 +15,8 @@ from diffusers import (
     HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
 )
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 import diffusers_ext
 from diffusers_ext import DeepCacheConfig, FasterDiffusionCallback, FasterDiffusionConfig, zoo
@@ -422,21 +424,57 @@ def test_own_loop_equals_the_pipeline(shapes):
         own(one, injection_point="never")
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_image_prompts_of_steps_decoded_together(make_unet, batch):
+    """IP-Adapter: its images are repeated with the batch, so that parallel equals sequential."""
+    unet = make_unet()
+    torch.manual_seed(5)
+    processors = {
+        name: p if "attn1" in name else IPAdapterAttnProcessor2_0(attn_width(unet, name), 8, num_tokens=(4,))
+        for name, p in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(6, 8, 4)])
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    unet.requires_grad_(False)
+    pipe = _pipe(unet, 8)
+    text, images = torch.randn(batch, 5, 8), torch.randn(2, batch, 1, 6)
+
+    def run(config, image):
+        x = torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad(), diffusers_ext.apply(pipe, config) as handle:
+            for t in pipe.scheduler.timesteps:
+                eps = unet(x, t, text, added_cond_kwargs={"image_embeds": [image]}).sample
+                x = pipe.scheduler.step(eps, t, x).prev_sample
+            return x, handle.summary()["faster-diffusion"]["decoder_batches"]
+
+    sequential, calls = run(FasterDiffusionConfig(4), images[0])
+    parallel, fewer = run(FasterDiffusionConfig(4, max_parallel=4), images[0])
+    torch.testing.assert_close(parallel, sequential, atol=1e-4, rtol=0)
+    assert (calls, fewer) == (8, 2)
+    assert not torch.allclose(run(FasterDiffusionConfig(4, max_parallel=4), images[1])[0], parallel, atol=1e-3)
+
+
+def attn_width(unet, name):
+    return unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+
+
 # ---- what it saves on the trained model
 
 
+@pytest.mark.slow
 def test_wall_time_at_fifty_steps(shapes):
-    """Process time, so that other load does not decide. 0.75 of the operations of whole runs remain on this model."""
+    """Every 6th step, the paper's share of key steps. Process time, so that other load does not decide."""
 
     def draw():
         zoo.generate(shapes, ["a red circle"] * 2, num_inference_steps=50)
 
     def cached():
-        with diffusers_ext.apply(shapes, FasterDiffusionConfig("50ls")):
+        with diffusers_ext.apply(shapes, FasterDiffusionConfig(6)):
             draw()
 
-    timing = paired_ratio(cached, draw, pairs=1, warmup=0, clock=time.process_time)
-    assert timing.ratio < 0.82, str(timing)
+    timing = paired_ratio(cached, draw, pairs=3, clock=time.process_time)
+    assert timing.ratio < 0.75, str(timing)
 
 
 @pytest.mark.slow

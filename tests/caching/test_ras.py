@@ -170,7 +170,7 @@ def _hook(target):
     "name, patch, size",
     [(n, 2, (8, 8)) for n in NAMES] + [("sd3", 1, (4, 6)), ("sd3", 4, (8, 16)), ("flux", 2, (6, 8))],
 )
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_a_part_equals_the_same_part_of_the_whole(name, patch, size, batch):
     """Any tokens, other ones for each picture, with keys and values fresh from a whole pass at the same input."""
     target = _transformer(name, patch)
