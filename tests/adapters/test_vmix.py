@@ -589,32 +589,27 @@ class TestTrained:
             for name, weight in pipe.unet.named_parameters():
                 if "lora_B" in name:
                     weight.mul_(0.05)
-        change, _ = moved(pipe, trained, zoo.held_out(8), POSITIVE, steps=8)
+        change, _ = moved(pipe, trained, zoo.held_out(16), POSITIVE, steps=20)
         assert change.mean() > 1 and (change > 0.5).all(), change
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("index, share", [(0, 0.4), (1, 1 / 3), (2, 1 / 3)])
-    def test_each_slider_is_independent(self, shapes_unet, trained, index, share):
-        """More than one standard deviation of its own statistic, and of the others less than a third of that.
-
-        The slider for colours is a hair above: it moves brightness by 0.34 of what it moves colour contrast.
-        """
-        change, _ = moved(shapes_unet, trained, zoo.held_out(50), [POSITIVE[index]], steps=20)
+    @pytest.mark.parametrize("start", [0, 100])
+    @pytest.mark.parametrize("index", range(len(POSITIVE)))
+    def test_each_slider_is_independent(self, shapes_unet, trained, index, start):
+        """More than one standard deviation of its own statistic, and of the others less than a third of that."""
+        change, _ = moved(shapes_unet, trained, zoo.held_out(50, start), [POSITIVE[index]], steps=20)
         others = change.abs()[torch.arange(3) != index]
-        assert change[index] > 1 and others.max() < change[index] * share, change
+        assert change[index] > 1 and others.max() < change[index] / 3, change
 
     @pytest.mark.slow
     def test_pictures_keep_their_content(self, shapes_unet, trained, judge):
-        """All looks at once: shapes at most two points below the plain model, whole captions three.
-
-        All negative looks miss that by a point: five for them.
-        """
+        """All looks at once: shapes at most two points below the plain model, whole captions three."""
         scenes = zoo.held_out(100)
         plain = judge.accuracy(zoo.generate(shapes_unet, scenes.captions), scenes.specs)
         _, pictures = moved(shapes_unet, trained, scenes, POSITIVE, steps=20)
-        for images, points in zip(pictures, (0.03, 0.05)):
+        for images in pictures:
             mixed = judge.accuracy(images, scenes.specs)
-            for attribute, most in (("shape1", 0.02), ("shape2", 0.02), ("all", points)):
+            for attribute, most in (("shape1", 0.02), ("shape2", 0.02), ("all", 0.03)):
                 assert mixed[attribute] > plain[attribute] - most, (attribute, plain, mixed)
 
 
