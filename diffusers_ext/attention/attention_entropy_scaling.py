@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._fields import require_types
 from ..apply import Attachment, MethodConfig, denoiser_of
-from ..caching._common import PREFIX, Inputs, install
+from ..caching._common import PREFIX, Inputs, install, is_innermost
 from ..registry import Claim, MethodRecord, register
 
 
@@ -148,7 +148,7 @@ class _LayerHook(ModelHook):
         with ScaledQueries(layout.factor) as mode:
             output = self.fn_ref.original_forward(*args, **kwargs)
         # Reading the counter inside a compiled graph makes torch 2.13 drop the mode from it.
-        if not torch.compiler.is_compiling() and mode.ran and not mode.seen:
+        if not torch.compiler.is_compiling() and not mode.seen and (mode.ran or is_innermost(module, self)):
             raise RuntimeError(
                 f"attention layer {self.name} ({type(module.processor).__name__}) computes its softmax outside of "
                 "torch, where it cannot be scaled: use model.set_attention_backend('native') or AttnProcessor2_0"

@@ -23,6 +23,7 @@ from ..caching._common import (
     RunHook,
     RunTracker,
     install,
+    is_innermost,
     macs_on_meta,
     macs_or_warning,
     outlines,
@@ -137,7 +138,7 @@ class _LayerHook(ModelHook):
     def _sparse(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
         with _Replaced(self._attention) as mode:
             output = self.fn_ref.original_forward(*args, **kwargs)
-        if mode.ran and not mode.done:  # a cache may stand in for the layer
+        if not mode.done and (mode.ran or is_innermost(module, self)):  # a cache may stand in for the layer
             raise RuntimeError(
                 f"the attention of {type(module).__name__} does not run through torch's scaled_dot_product_attention: "
                 "VMoBA works with the native attention backend, call set_attention_backend('native')"

@@ -357,6 +357,11 @@ def _keep_outermost(module: torch.nn.Module) -> None:
             registry.register_hook(hook, name)
 
 
+def is_innermost(module: torch.nn.Module, hook: ModelHook) -> bool:
+    """Is the module's own forward what this hook calls, and not another hook that may stand in for it?"""
+    return next(iter(module._diffusers_hook.hooks.values())) is hook
+
+
 def unregister(module: torch.nn.Module, name: str) -> None:
     """Take one hook off a module, whatever was registered after it; the last one leaves no trace."""
     registry: HookRegistry = module._diffusers_hook
