@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from diffusers import T2IAdapter
 from peft import LoraConfig
 
 from benchmarks import adapter_easycontrol as easycontrol
@@ -24,6 +25,7 @@ from benchmarks.adapter import (
     parameters_of,
     peers,
     sd15,
+    size_of,
     t2i_adapter,
     unet_macs,
 )
@@ -145,9 +147,17 @@ def sdxl() -> tuple[int, Rows]:
         more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         return s.unet(*call, **s.added, **more)
 
+    def with_features() -> torch.Tensor:
+        return s.unet(*call, **s.added, down_intrablock_additional_residuals=t2i(s.picture))
+
+    with torch.device("meta"):
+        t2i = T2IAdapter(3, [320, 640, 1280, 1280], downscale_factor=16, adapter_type="full_adapter_xl").eval()
     step, found = s.costs()
-    kept = (activations(run, s.unet, s.small, own) for run, own in ((adapted, s.adapter), (native, s.own)))
-    return step, zip(found, kept)
+    with torch.no_grad():
+        features = t2i(s.picture)
+    found.append(Cost("T2I-Adapter of SDXL", parameters_of(t2i), 0, count_macs(t2i, s.picture), size_of(features)))
+    runs = (adapted, s.adapter), (native, s.own), (with_features, t2i)
+    return step, zip(found, (activations(run, s.unet, s.small, own) for run, own in runs))
 
 
 def flux() -> tuple[int, Rows]:
@@ -189,7 +199,8 @@ def bench(out_dir: Path) -> dict[str, Any]:
         "Counted, not timed: parameters, multiply-accumulates relative to one step of the base model, tensors that "
         "are kept while sampling, and activations that one training step of one picture keeps for the backward pass "
         "(float16, base frozen, fused attention, no checkpointing). EasyControl's condition is 512 x 512. "
-        "Ctrl-Adapter's MACs once are the SD 1.5 ControlNet's at a fixed timestep. A fused LoRA costs nothing."
+        "Ctrl-Adapter's MACs once are the SD 1.5 ControlNet's at a fixed timestep. A fused LoRA costs nothing, and so "
+        "do Orthogonal Adaptation's concepts: they are LoRAs, merged into the weights."
     )
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": bars(shown, Path(out_dir) / "adapters.png")}
 

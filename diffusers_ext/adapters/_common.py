@@ -343,5 +343,5 @@ def require_pictures(images: Any, channels: Sequence[int], low: float = 0.0) -> 
     if images.ndim != 4 or images.shape[1] not in channels:
         raise ValueError(f"pictures of shape {list(images.shape)}; {accepted}")
     least, most = images.min(), images.max()  # nan where any value is
-    if not (least >= low - _ROUNDING and most <= 1 + _ROUNDING):
+    if not images.is_meta and not (least >= low - _ROUNDING and most <= 1 + _ROUNDING):
         raise ValueError(f"pictures with values from {least:g} to {most:g}; {accepted}")

@@ -118,12 +118,6 @@ class Arrangement:
     rows: int
     joint: bool = True
 
-    def __post_init__(self) -> None:
-        for pair in self.pairs:
-            last = int(torch.cat([pair.x, pair.y]).max())
-            if last >= self.rows:
-                raise ValueError(f"a pair names row {last} of a batch of {self.rows}: count rows from 0")
-
     def copies(self, batch: int) -> int:
         """How often the batch is stacked: caches may compute several steps at once."""
         if batch % self.rows:
@@ -145,7 +139,10 @@ def rows_of(rows: Any, batch: int, device: torch.device) -> torch.Tensor:
     """Indices `[n]` from a slice, a list or a tensor."""
     if isinstance(rows, slice):
         return torch.arange(batch, device=device)[rows]
-    return torch.as_tensor(rows, device=device, dtype=torch.long)
+    indices = torch.as_tensor(rows, dtype=torch.long)
+    if len(indices) and int(indices.max()) >= batch:
+        raise ValueError(f"a pair names row {int(indices.max())} of a batch of {batch}: count rows from 0")
+    return indices.to(device)
 
 
 def blocks_of(target: Any) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from diffusers_ext.zoo.pipelines import ADAPTERS
 
 
 CAPTIONS = zoo.held_out(2).captions
-STEPS = 4
+STEPS, JUDGED = 4, 100
 OTHER = {"shapes-unet": "shapes-dit", "shapes-dit": "shapes-unet"}
 RECORDS = [record for record in list_methods(kind="adapter") if issubclass(record.public, Adapter)]
 
@@ -60,7 +61,7 @@ def control_for(adapter, pipe, count):
     adapter.control = diffusers_ext.CtrlAdapterControl.from_prompts(
         zoo.load_controlnet("controlnet-edges-shapes-unet-eps"),
         zoo.conditions.edges(zoo.held_out(count).images).expand(-1, 3, -1, -1),
-        CAPTIONS[:count],
+        zoo.held_out(count).captions,
         source.tokenizer,
         source.text_encoder,
     )
@@ -137,6 +138,36 @@ def test_it_works_and_comes_off_without_a_trace(case):
         adapter.set_scale(1)
         assert torch.equal(draw(pipe), changed)
     assert traces(pipe) == before and torch.equal(draw(pipe), plain)
+
+
+# Change what captions say, on purpose: a style, new words, a subject's colour. Their own tests read them.
+OTHER_WORDS = ("scedit", "orthogonal", "easycontrol-colour")
+
+
+@functools.cache
+def readable(model: str) -> float:
+    """Share of captions that the judge reads in full from the pictures of a plain model."""
+    return read(zoo.load(model))
+
+
+def read(pipe) -> float:
+    scenes = zoo.held_out(JUDGED)
+    images = zoo.generate(pipe, scenes.captions, num_inference_steps=10, batch_size=JUDGED)
+    return zoo.load_judge().accuracy(images, scenes.specs)["all"]
+
+
+@pytest.mark.slow
+def test_captions_are_drawn_as_before(case):
+    """The judge loses less than three points."""
+    _, name, pipe, adapter = case
+    if name.startswith(OTHER_WORDS):
+        pytest.skip("changes what captions say")
+    try:
+        give_condition(name, adapter, pipe, JUDGED)
+        with adapter.attach(pipe):
+            assert read(pipe) > readable(model_of(name)) - 0.03
+    finally:
+        give_condition(name, adapter, pipe)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
