@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from diffusers.hooks import ModelHook
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from torch.overrides import TorchFunctionMode
 
 from .._fields import require_types
@@ -172,6 +173,7 @@ class _AttentionHook(_Hook):
         call = self.shared.call
         if call is None or (call.index is None and not call.keep):
             return self.fn_ref.original_forward(*args, **kwargs)
+        _refuse_second_attention(module)
         rotary = None
         if call.index is not None and kwargs.get("image_rotary_emb") is not None:
             rotary, kwargs = _rows(call, kwargs["image_rotary_emb"]), {**kwargs, "image_rotary_emb": None}
@@ -185,6 +187,14 @@ class _AttentionHook(_Hook):
                 "RAS works with the native attention backend, call set_attention_backend('native')"
             )
         return output
+
+
+def _refuse_second_attention(layer: torch.nn.Module) -> None:
+    if isinstance(layer.processor, SD3IPAdapterJointAttnProcessor2_0):
+        raise ValueError(
+            "the IP-Adapter of Stable Diffusion 3 attends to the image tokens a second time, where RAS cannot give it "
+            "those that were left out: unload the IP-Adapter, or use DeltaDiTConfig or BACConfig with it"
+        )
 
 
 def _rows(call: Call, tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,7 +345,8 @@ class RASConfig(MethodConfig):
         num_inference_steps: Steps of the run; None reads them from the scheduler.
 
     Raises:
-        ValueError: Values out of range; on `apply`, an unsupported model or scheduler, or no pipeline.
+        ValueError: Values out of range; on `apply`, an unsupported model or scheduler, or no pipeline; Stable
+            Diffusion 3 with an IP-Adapter.
 
     Example:
         >>> import diffusers_ext
@@ -406,7 +417,8 @@ class RASConfig(MethodConfig):
 
     def check(self, target: Any, num_inference_steps: int | None = None) -> tuple[str, ...]:
         model = denoiser_of(target)
-        attention_layers(model, layout_of(model))
+        for layer in attention_layers(model, layout_of(model)):
+            _refuse_second_attention(layer)
         scheduler = getattr(target, "scheduler", None)
         if scheduler is None:
             raise ValueError("RAS learns from the steps of the scheduler: apply it to the pipeline, not to its model")
