@@ -72,9 +72,11 @@ class Layout:
         """Factor for a layer with these numbers of queries and keys.
 
         Keys beyond the picture's are text. Windows and tiles have fewer keys than the picture: they count as a
-        picture of that size.
+        picture of that size. Fewer keys than picture tokens are an image prompt's (IP-Adapter), which stays as it is.
         """
         image = min(queries, self.image_tokens or queries)
+        if keys < image:
+            return 1.0
         text = keys - image if self.count_text else 0
         return entropy_factor(image + text, image * self.area_ratio + text, self.strength)
 

@@ -292,6 +292,13 @@ def layer_entropies(pipe, size, *configs):
     return torch.tensor(entropies)
 
 
+def test_image_prompts_are_left_alone():
+    """Flux's IP-Adapter attends from all picture tokens to a few of its own."""
+    layout = Layout(0.25, 1024, 1.0, count_text=True)
+    assert layout.factor(1024, 4) == 1 < layout.factor(1024, 1024) == entropy_factor(1024, 256)
+    assert layout.factor(1536, 1536) == entropy_factor(1536, 768)
+
+
 @pytest.mark.parametrize("size", [128, 32])
 def test_trained_model_keeps_its_entropy_better(unet_pipe, size):
     trained = layer_entropies(unet_pipe, 64)
