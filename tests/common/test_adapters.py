@@ -102,6 +102,14 @@ def case(request):
     return public, name, pipe, load(public, name, pipe)
 
 
+@pytest.fixture
+def first_of_its_class(case):
+    """For what depends on the class, not on the weights: the class's other files are skipped."""
+    public, name, *_ = case
+    if next(other for kind, other in CASES if kind is public) != name:
+        pytest.skip("another file of this class is tested")
+
+
 @pytest.fixture(autouse=True)
 def clean(request):
     yield
@@ -257,7 +265,7 @@ def test_whichever_pipeline_runs_the_model(case):
 
 
 @pytest.mark.slow
-def test_a_model_that_was_compiled_and_has_run(case):
+def test_a_model_that_was_compiled_and_has_run(case, first_of_its_class):
     _, _, pipe, adapter = case
     plain, part = draw(pipe, num_inference_steps=1), "unet" if hasattr(pipe, "unet") else "transformer"
     with adapter.attach(pipe):
@@ -304,7 +312,7 @@ with load(dict((name, public) for public, name in CASES)[name], name, pipe).atta
 
 
 @pytest.mark.slow
-def test_a_fresh_process_draws_the_same_bits(case, tmp_path, pytestconfig):
+def test_a_fresh_process_draws_the_same_bits(case, first_of_its_class, tmp_path, pytestconfig):
     _, name, pipe, adapter = case
     path = tmp_path / "images.safetensors"
     subprocess.run([sys.executable, "-c", FRESH, name, path], check=True, cwd=pytestconfig.rootpath)
@@ -374,7 +382,7 @@ def schedulers_for(pipe) -> list[type[SchedulerMixin]]:
 
 
 @pytest.mark.slow
-def test_with_every_scheduler(case):
+def test_with_every_scheduler(case, first_of_its_class):
     """Draws with an effect, at scale 0 and afterwards the bits of the plain model; refusals are those of the plain
     model."""
     _, _, pipe, adapter = case
