@@ -356,8 +356,15 @@ def test_faster_cache_refuses_what_it_would_get_wrong(make):
         _loop(sd3, "sd3", batch=3)
 
 
-@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        *((name, FlowMatchEulerDiscreteScheduler) for name in MODELS),
+        ("dit", DDIMScheduler),
+        ("pixart", DPMSolverMultistepScheduler),
+        ("flux", DDIMScheduler),
+    ],
+)
 def test_sea_cache_gets_its_coordinates(make, name, scheduler):
     """No pipeline of these models passes step and sigma, without which upstream alone never reuses anything."""
     pipe = Pipe(make(name), scheduler())
@@ -558,7 +565,7 @@ def test_preflight_warns_of_runs_that_gain_nothing(make):
     assert "other steps" in diffusers_ext.check(model, mag, num_inference_steps=9).warnings[0]
 
 
-@pytest.mark.parametrize("slug", ["first-block-cache", "taylorseer-cache"])
+@pytest.mark.parametrize("slug", ["first-block-cache", pytest.param("taylorseer-cache", marks=pytest.mark.slow)])
 def test_compiled(make, slug):
     model, config = make("sd3"), _configs()[slug]
     torch._dynamo.reset()
