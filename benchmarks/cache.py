@@ -306,7 +306,7 @@ def key_step_rows(record: MethodRecord) -> Iterator[list[Any]]:
     together = record.public(key_steps=(0,), max_parallel=real.SHORT)
     full, reused = real.macs_of_steps(real.stable_diffusion("meta"), lambda p: diffusers_ext.apply(p, half), 2)
     denoiser = real.stable_diffusion("cpu")
-    times = real.timed(denoiser, lambda p: diffusers_ext.apply(p, half), BOTH * 2)
+    times = real.timed(denoiser, lambda p: diffusers_ext.apply(p, half), BOTH)
     for name, config in _configs(record).items():
         macs = [full if config.is_key_step(i, total) else reused for i in range(total)]
         yield [UNET, name, *real.of_a_run(macs, times), "", ""]
