@@ -61,6 +61,10 @@ class _Call:
     states: dict[int, Any] = field(default_factory=dict)
 
 
+# Transformers that get 1 - t.
+_RISING = ("LuminaNextDiT2DModel", "Lumina2Transformer2DModel")
+
+
 class _Clock:
     """Timestep in the scheduler's units, which diffusers' caches ask for. Infinite on a first call: nothing to reuse.
 
@@ -383,6 +387,11 @@ def _require_signature(model: torch.nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} takes no `hidden_states` and `timestep`, by which runs are told apart: use "
             "diffusers' own enable_cache() with it"
+        )
+    if type(model).__name__ in _RISING:
+        raise ValueError(
+            f"{type(model).__name__} counts time upwards, where every step looks like the first one of another run: "
+            "use diffusers' own enable_cache() with it"
         )
 
 

@@ -691,3 +691,13 @@ def test_diffusers_alone_raises_on_sd3(make):
     apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig())
     with pytest.raises(ValueError, match="cache context"):
         draw()
+
+
+def test_models_that_count_upwards_are_refused():
+    """Lumina's pipelines give their model 1 - t: nothing would ever be reused."""
+    from diffusers import Lumina2Transformer2DModel
+
+    with torch.device("meta"):
+        model = Lumina2Transformer2DModel(num_layers=1, num_refiner_layers=1)
+    with pytest.raises(ValueError, match="counts time upwards"):
+        diffusers_ext.apply(model, FirstBlockCacheConfig())
