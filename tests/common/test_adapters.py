@@ -104,9 +104,9 @@ def case(request):
 
 @pytest.fixture
 def first_of_its_class(case):
-    """For what depends on the class, not on the weights: the class's other files are skipped."""
+    """For what depends on class and model, not on the weights: other files of both are skipped."""
     public, name, *_ = case
-    if next(other for kind, other in CASES if kind is public) != name:
+    if next(n for kind, n in CASES if kind is public and model_of(n) == model_of(name)) != name:
         pytest.skip("another file of this class is tested")
 
 
@@ -251,7 +251,7 @@ def test_a_run_that_was_stopped_and_then_another_number_of_pictures(case):
         give_condition(name, adapter, pipe)
 
 
-def test_whichever_pipeline_runs_the_model(case):
+def test_whichever_pipeline_runs_the_model(case, first_of_its_class):
     """The rows of guidance are those of the pipeline that calls, also where it is not the one that was attached to."""
     _, _, pipe, adapter = case
     other = type(pipe)(**pipe.components)
@@ -282,7 +282,7 @@ def test_a_model_that_was_compiled_and_has_run(case, first_of_its_class):
         torch.compiler.reset()
 
 
-def test_on_an_offloaded_model(case):
+def test_on_an_offloaded_model(case, first_of_its_class):
     """Weights of the model are on the meta device between its calls; those of the adapter stay."""
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_module
@@ -359,7 +359,7 @@ def caches_for(name: str):
     return [r for r in list_methods(kind="cache") if {target, "any"} & set(r.targets)]
 
 
-def test_beside_every_cache(case):
+def test_beside_every_cache(case, first_of_its_class):
     _, name, pipe, adapter = case
     plain = draw(pipe, num_inference_steps=8)
     with adapter.attach(pipe):
