@@ -16,10 +16,10 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from benchmarks._common import picture_grid
 from benchmarks.adapter import Cost, parameters_of, size_of
 from diffusers_ext import EasyControlAdapter, zoo
+from diffusers_ext._flux_tokens import image_ids
 from diffusers_ext.adapters._easycontrol_stream import Bank, flux_attentions, flux_stream, put_on
 from diffusers_ext.eval import PairedTiming, count_macs, paired_ratio
 from diffusers_ext.registry import MethodRecord
-from diffusers_ext.training.denoising import image_ids
 from diffusers_ext.zoo.conditions import colourless, edge_f1, edge_iou, edges, subjects
 
 
@@ -209,7 +209,8 @@ def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
     pictures = pictures_of(pipe) | joint_pictures_of(pipe)
     notes = (
         f"shapes-dit, {PICTURES} held-out scenes ({JOINT} where the first colour is left out: only the subject, a "
-        f"picture of the first object, tells it), {STEPS} steps, guidance 3, adapters of 164 thousand parameters. A "
+        f"picture of the first object, tells it), {STEPS} steps, guidance 3, adapters of "
+        f"{parameters_of(trained()) / 1e3:.0f} thousand parameters. A "
         "full caption alone puts most objects near their edges; a short one says neither place, size nor ground, but "
         "the judge reads them all the same. Two conditions: the adapter twice, each with the outline of one object; "
         "the ground is free. No model here has seen wide pictures; they are scaled to 64 x 64 before. "

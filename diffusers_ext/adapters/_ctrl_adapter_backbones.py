@@ -18,6 +18,7 @@ from diffusers import (
 )
 from torch import nn
 
+from .._flux_tokens import grid_of, unpack
 from .ctrl_adapter_control import inference_timestep, sites_of
 
 
@@ -143,9 +144,8 @@ class FluxBackbone:
 
     def read(self, arguments: Mapping[str, Any]) -> Call:
         tokens, places = arguments["hidden_states"], arguments["img_ids"]
-        height, width = (int(places[..., axis].max()) + 1 for axis in (1, 2))
-        patches = tokens.view(len(tokens), height, width, -1, 2, 2)
-        latents = patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, 2 * height, 2 * width)
+        height, width = grid_of(places)
+        latents = unpack(tokens, 2 * height, 2 * width)
         time = (1000 * _times(arguments["timestep"], tokens)).round()
         return Call(latents, time, arguments["encoder_hidden_states"])
 

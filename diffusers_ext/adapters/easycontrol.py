@@ -22,10 +22,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from torch import nn
 
+from .._flux_tokens import grid_of, pack
 from ..apply import denoiser_of
 from ..caching._common import Inputs, refuse_fused_qkv
 from ..registry import Claim, MethodRecord, register, unknown
-from ..training.denoising import pack
 from ._common import Adapter, require_pictures, require_range, within
 from ._easycontrol_stream import (
     Bank,
@@ -91,14 +91,6 @@ def fit_subject(images: torch.Tensor, size: int) -> torch.Tensor:
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def grid_of(ids: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of image tokens from their positions `[n, 3]`; tokens of reference pictures do not count."""
-    ids = ids[0] if ids.ndim == 3 else ids
-    own = ids[ids[:, 0] == ids[0, 0]]
-    columns = int((own[:, 1] == own[0, 1]).sum())  # the first row only: bf16 merges rows beyond 256
-    return len(own) // columns, columns
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 
 Size = tuple[int, int]
@@ -104,16 +103,6 @@ def cut(x: torch.Tensor, corners: Sequence[Size], size: Size, tile: Size) -> tor
         top, side = min(round(y / by), x.shape[-2] - th), min(round(left / by), x.shape[-1] - tw)
         parts.append(x[..., top : top + th, side : side + tw])
     return torch.cat(parts)
-
-
-def packed(x: torch.Tensor) -> torch.Tensor:
-    """Latents `[b, c, h, w]` as Flux's tokens `[b, h w / 4, 4 c]` of 2 x 2 latents, line by line."""
-    return F.pixel_unshuffle(x, 2).flatten(2).mT
-
-
-def unpacked(tokens: torch.Tensor, size: Size) -> torch.Tensor:
-    """Latents of this size from Flux's tokens."""
-    return F.pixel_shuffle(tokens.mT.unflatten(2, (size[0] // 2, size[1] // 2)), 2)
 
 
 def merge(

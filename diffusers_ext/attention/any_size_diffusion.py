@@ -15,6 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from .._fields import require_types
+from .._flux_tokens import pack, unpack
 from ..apply import Attachment, MethodConfig, denoiser_of
 from ..caching._common import (
     PREFIX,
@@ -39,9 +40,7 @@ from ._tiles import (
     gaussian_window,
     merge,
     overlapping_tiles,
-    packed,
     uncovered,
-    unpacked,
 )
 
 
@@ -124,13 +123,13 @@ class _RootHook(RunHook[_Store]):
 
         def predict(chunk: Sequence[Size]) -> torch.Tensor:
             outputs[:] = [self.fn_ref.original_forward(**self._cropped(arguments, size, tile, chunk))]
-            return unpacked(outputs[0][0], tile) if "img_ids" in arguments else outputs[0][0]
+            return unpack(outputs[0][0], *tile) if "img_ids" in arguments else outputs[0][0]
 
         window = gaussian_window(tile) if config.window == "gaussian" else torch.ones(tile)
         reference = self.store.reference
         whole = merge(predict, size, corners, window, config.tile_batch_size, reference, config.noise_ema or 0.0)
         self.store.reference = whole
-        whole = packed(whole) if "img_ids" in arguments else whole
+        whole = pack(whole) if "img_ids" in arguments else whole
         return (whole,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=whole)
 
     def _cropped(self, arguments: dict, size: Size, tile: Size, chunk: Sequence[Size]) -> dict[str, Any]:
@@ -141,7 +140,7 @@ class _RootHook(RunHook[_Store]):
             if name == "img_ids":
                 cropped[name] = first_places(value, size, tile)
             elif value is sample and sample.ndim == 3:
-                cropped[name] = packed(cut(unpacked(value, size), chunk, size, tile))
+                cropped[name] = pack(cut(unpack(value, *size), chunk, size, tile))
             elif value is sample or name in _SPATIAL:
                 cropped[name] = map_tensors(value, lambda t: cut(t, chunk, size, tile))
             elif name in _TOKENS:

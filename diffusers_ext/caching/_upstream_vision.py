@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._flux_tokens import unpack
 from ..prediction import NoiseSchedule
 from ._common import Inputs
 
@@ -114,5 +115,4 @@ def _unpacked(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             f"{height} x {width}: {_ADVICE}"
         )
     side = 2 if tokens.shape[-1] % 4 == 0 else 1
-    grid = tokens[:, own].unflatten(1, (height, width)).unflatten(-1, (-1, side, side))
-    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return unpack(tokens[:, own], side * height, side * width, side)

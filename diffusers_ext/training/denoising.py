@@ -5,27 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .._flux_tokens import image_ids, pack, unpack
 from .fitting import Draws
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents `[n, c, h, w]` -> Flux tokens `[n, h / 2 * w / 2, 4 c]`, one per 2 x 2 patch."""
-    n, c, h, w = latents.shape
-    return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
-
-
-def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `pack` for latents of this size."""
-    n, c = len(tokens), tokens.shape[-1] // 4
-    patches = tokens.view(n, height // 2, width // 2, c, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(n, c, height, width)
-
-
-def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Flux's positions `[h / 2 * w / 2, 3]` of the tokens of latents of this size: (0, row, column)."""
-    rows, columns = torch.arange(height // 2), torch.arange(width // 2)
-    places = torch.cartesian_prod(rows, columns).float()
-    return torch.cat([torch.zeros(len(places), 1), places], 1).to(device)
 
 
 def alphas_and_sigmas(scheduler) -> tuple[torch.Tensor, torch.Tensor]:

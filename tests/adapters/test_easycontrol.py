@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_ext
 from diffusers_ext import EasyControlAdapter, easycontrol_images, zoo
-from diffusers_ext.adapters.easycontrol import fit_spatial, fit_subject, grid_of, spatial_ids, subject_ids
+from diffusers_ext._flux_tokens import grid_of, image_ids, pack
+from diffusers_ext.adapters.easycontrol import fit_spatial, fit_subject, spatial_ids, subject_ids
 from diffusers_ext.eval import count_macs
-from diffusers_ext.training.denoising import image_ids, pack
 from diffusers_ext.zoo.conditions import colourless, edge_f1, edge_iou, edges, subjects
 
 

@@ -10,7 +10,6 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiTTransformer2DModel,
-    FluxPipeline,
     HeunDiscreteScheduler,
     PixArtTransformer2DModel,
     StableDiffusionPanoramaPipeline,
@@ -20,6 +19,7 @@ from diffusers import (
 
 import diffusers_ext
 from diffusers_ext import AnySizeDiffusionPipeline, AspectBuckets, BucketBatchSampler, SeamlessTilingConfig, zoo
+from diffusers_ext._flux_tokens import pack, unpack
 from diffusers_ext.attention._tiles import (
     MODES,
     Offsets,
@@ -29,10 +29,8 @@ from diffusers_ext.attention._tiles import (
     merge,
     origins,
     overlapping_tiles,
-    packed,
     seam_ratio,
     uncovered,
-    unpacked,
 )
 from diffusers_ext.attention.any_size_diffusion import moved_time_ids
 
@@ -484,12 +482,6 @@ def test_transformers_at_their_trained_size():
             diffusers_ext.apply(pipe, SeamlessTilingConfig(tile_size=4))
 
 
-def test_tokens_are_packed_as_flux_pipelines_do():
-    x = torch.randn(2, 4, 6, 8)
-    tokens = FluxPipeline._pack_latents(x, 2, 4, 6, 8)
-    assert torch.equal(packed(x), tokens) and torch.equal(unpacked(tokens, (6, 8)), x)
-
-
 def test_flux_with_control():
     """Tiles side by side give what separate pictures give, residuals of a ControlNet cut along."""
     pipe = zoo.load("shapes-dit")
@@ -507,7 +499,7 @@ def test_flux_with_control():
         control = [control.flatten(2).mT]
         residuals = {"controlnet_block_samples": control, "controlnet_single_block_samples": control}
         places = torch.cartesian_prod(torch.zeros(1), rows, columns)
-        return unpacked(model(packed(latents), img_ids=places, **text, **residuals).sample, latents.shape[-2:])
+        return unpack(model(pack(latents), img_ids=places, **text, **residuals).sample, *latents.shape[-2:])
 
     with torch.no_grad():
         alone = [call(*pair) for pair in zip(x.split(8, -2), residual.split(4, -2))]

@@ -9,7 +9,7 @@ import torch
 
 import diffusers_ext
 from diffusers_ext import SeamlessTilingConfig, zoo
-from diffusers_ext.attention._tiles import packed, unpacked
+from diffusers_ext._flux_tokens import pack, unpack
 
 
 pytestmark = pytest.mark.comfy
@@ -76,8 +76,8 @@ def test_parity_with_diffusers_on_flux(sample, patch):
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(12.0))
     with torch.no_grad(), diffusers_ext.apply(model, config) as handle:
         for x, t, _, _, *_, out in calls:
-            tokens = model(packed(x), text, pooled, t, ids, torch.zeros(text.shape[1], 3)).sample
-            torch.testing.assert_close(unpacked(tokens, (32, 24)), out, atol=1e-4, rtol=0)
+            tokens = model(pack(x), text, pooled, t, ids, torch.zeros(text.shape[1], 3)).sample
+            torch.testing.assert_close(unpack(tokens, 32, 24), out, atol=1e-4, rtol=0)
         figures = handle.summary()["any-size-diffusion"]
     assert figures["calls"] == 10 and figures["pixels_from_the_step_before"] > 0
 

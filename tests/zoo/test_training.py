@@ -162,16 +162,6 @@ def test_teacher_agrees_with_itself_in_every_parametrisation(example):
         torch.testing.assert_close(clean, direct, rtol=0, atol=2e-3)
 
 
-def test_packing_is_what_flux_does():
-    from diffusers import FluxPipeline
-
-    z = torch.randn(2, 4, 16, 16)
-    packed = denoising.pack(z)
-    assert packed.equal(FluxPipeline._pack_latents(z, 2, 4, 16, 16))
-    assert denoising.image_ids(16, 16).equal(FluxPipeline._prepare_latent_image_ids(2, 8, 8, "cpu", torch.float32))
-    assert denoising.unpack(packed, 16, 16).equal(z)
-
-
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
 def test_muon_updates_are_nearly_orthogonal(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
