@@ -93,15 +93,6 @@ def fresh(adapter: CtrlAdapterModel, **changes: Any) -> CtrlAdapterModel:
     return CtrlAdapterModel(**{**config, **changes}).eval()
 
 
-@torch.no_grad()
-def shrunk(adapter: CtrlAdapterModel, share: float = 0.1) -> CtrlAdapterModel:
-    """Fresh weights with the small last layers that training starts from."""
-    for name, weight in adapter.named_parameters():
-        if any(f".{layer}." in name for layer in ("conv2", "conv_shortcut", "proj_out")):
-            weight.mul_(share)
-    return adapter
-
-
 def ways(drawing: Drawing) -> Iterator[tuple[str, str, Draw]]:
     """Model, name of the way, and the way itself."""
     yield SOURCE, "nothing", drawing.plain(drawing.source)
@@ -115,7 +106,7 @@ def ways(drawing: Drawing) -> Iterator[tuple[str, str, Draw]]:
     dit, adapter = zoo.load("shapes-dit"), trained("shapes-dit")
     yield "shapes-dit", "nothing", drawing.plain(dit)
     yield "shapes-dit", f"Ctrl-Adapter, {ONCE}", drawing.adapted(dit, adapter)
-    yield "shapes-dit", RANDOM, drawing.adapted(dit, shrunk(fresh(adapter)))
+    yield "shapes-dit", RANDOM, drawing.adapted(dit, fresh(adapter).start_small())
 
 
 def run_times(drawing: Drawing, pairs: int = 5) -> dict[Way, PairedTiming]:

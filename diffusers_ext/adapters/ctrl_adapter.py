@@ -29,6 +29,8 @@ __all__ = ["CtrlAdapterModel"]
 _LETTERS = "ABCD"
 # Residuals of Stable Diffusion 1.5's ControlNet, the middle last.
 _SD15 = (320, 320, 320, 320, 640, 640, 640, 1280, 1280, 1280, 1280, 1280, 1280)
+# The output of a location is a sum of what these layers give.
+_LAST_LAYERS = ("conv2", "conv_shortcut", "proj_out")
 _KEY = re.compile(r"(down_blocks_adapter\.(?P<index>\d+)|mid_block_adapter)\.norm\.weight")
 
 
@@ -254,6 +256,29 @@ class CtrlAdapterModel(Adapter):
         if backbone.frames_per_clip:
             settings |= {"add_temporal_resnet": True, "add_temporal_transformer": True}
         return cls(**{**settings, **config})
+
+    @torch.no_grad()
+    def start_small(self, share: float = 0.1) -> CtrlAdapterModel:
+        """Shrink the last layers of every location, for the start of training.
+
+        What fresh weights add disturbs a transformer in every block; this much less of it is easier to unlearn.
+
+        Args:
+            share: What these layers are multiplied by, from 0 to 1; with one block at each location, also what the
+                adapter gives.
+
+        Returns:
+            The adapter itself.
+
+        Raises:
+            ValueError: Another share.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is {share}; accepted: 0 to 1")
+        for name, weight in self.named_parameters():
+            if any(f".{layer}." in name for layer in _LAST_LAYERS):
+                weight.mul_(share)
+        return self
 
     def check(self, target: Any) -> None:
         backbone = backbone_of(denoiser_of(target))

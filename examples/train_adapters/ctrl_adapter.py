@@ -51,9 +51,8 @@ KINDS = {
 }
 # Share of steps that are moved to high noise levels of the flow, where places and sizes are decided.
 HIGH = {"shapes-dit": 0.4}
-# What fresh weights add to a transformer's tokens, in every block, disturbs it most: they start at a tenth.
-START = {"shapes-dit": 0.1}
-LAST_LAYERS = ("conv2", "conv_shortcut", "proj_out")
+# What fresh weights add to a transformer's tokens, in every block, disturbs it most.
+START_SMALL = ("shapes-dit",)
 
 
 def small_controlnet(unet: nn.Module) -> ControlNetModel:
@@ -133,14 +132,6 @@ class ControlledTask:
         return self.task.predict(model, x, level, text)
 
 
-@torch.no_grad()
-def start_small(model: nn.Module, share: float) -> None:
-    """Shrink the layers that an adapter's output is a sum of."""
-    for name, weight in model.named_parameters():
-        if any(f".{layer}." in name for layer in LAST_LAYERS):
-            weight.mul_(share)
-
-
 def adapter(work: Path, budget: Budget, images: int, drop: float, name: str) -> Path:
     """Train the adapter for one backbone and write its file; ControlNet and backbone are frozen."""
     pipe, source, control = zoo.load(name.removeprefix("once-")), zoo.load(SOURCE), _controlnet_of(work)
@@ -152,7 +143,8 @@ def adapter(work: Path, budget: Budget, images: int, drop: float, name: str) -> 
     hints = edges(data.scenes.images).bool()
     torch.manual_seed(budget.seed)
     model = CtrlAdapterModel.for_model(pipe, control, LOCATIONS[name], **SMALL, **KINDS[name])
-    start_small(model, START.get(name, 1.0))
+    if name in START_SMALL:
+        model.start_small()
     model.attach(backbone)
 
     def loss(rows: torch.Tensor, draws: Draws) -> torch.Tensor:

@@ -207,6 +207,26 @@ class TestShapes:
         assert all(d.abs().sum() > 0 for d in down[:9])
         assert not any(d.any() for d in down[9:]) and not mid.any()
 
+    def test_a_small_start_is_the_same_in_small(self, tiny_xl, network, xl_call):
+        """The last layers are linear in what is before them, which does not depend on them."""
+        torch.manual_seed(3)
+        fresh = CtrlAdapterModel.for_model(tiny_xl, network, "C", latent_ratio=2, **SMALL).eval()
+        given = [torch.randn(2, c, 4, 4) for c in fresh.config.controlnet_channels[:-1]]
+
+        def outputs():
+            with torch.no_grad():
+                return [fresh(given, None, 500, xl_call[2])[0][k] for k in fresh.active]
+
+        whole = outputs()
+        assert fresh.start_small(0.5) is fresh
+        for a, b in zip(outputs(), whole):
+            torch.testing.assert_close(a, b / 2, atol=1e-4, rtol=0)
+        fresh.start_small(0)
+        assert not any(output.any() for output in outputs()) and all(output.any() for output in whole)
+        for share in (-0.1, 1.5):
+            with pytest.raises(ValueError, match="accepted: 0 to 1"):
+                fresh.start_small(share)
+
     def test_an_untrained_adapter_changes_the_picture(self, tiny_xl, network, xl_adapter, xl_call):
         xl_adapter.control = CtrlAdapterControl(network, hints(), texts())
         with torch.no_grad():
@@ -688,7 +708,8 @@ class TestLearntByATransformer:
         """
         torch.manual_seed(0)
         untrained = CtrlAdapterModel(**{k: v for k, v in adapter.config.items() if not k.startswith("_")})
-        example.start_small(untrained, example.START["shapes-dit"])
+        assert "shapes-dit" in example.START_SMALL
+        untrained.start_small()
         free = self.agreements(zoo.generate(shapes_dit, captions, 10), wanted)
         random = self.agreements(self.draw(shapes_dit, untrained, captions, wanted, drawn_by), wanted)
         f1, exact = self.agreements(self.draw(shapes_dit, adapter, captions, wanted, drawn_by), wanted)
