@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import diffusers_ext
 from benchmarks import _real_size as real
 from benchmarks._common import picture_grid
-from benchmarks.cache import COLUMNS, _first_block, real_transformer
+from benchmarks.cache import COLUMNS, FORECAST, _first_block, real_transformer
 from diffusers_ext import BACConfig, BACStatistics, measure_bac, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import MethodRecord
@@ -58,7 +59,9 @@ def settings(statistics: BACStatistics) -> dict[str, TurnedOn]:
                 f"M = {updates}, equal distances": BACConfig(num_updates=updates),
             }
         )
-        configs.update(lists)
+        one, even = list(lists)[:2]
+        forecast = {name + FORECAST: replace(lists[name], forecast_order=1) for name in (one, even)}
+        configs.update(lists | forecast)
     ours = {name: lambda pipe, c=config: diffusers_ext.apply(pipe, c) for name, config in configs.items()}
     peers = {f"diffusers FirstBlockCache, threshold {x}": lambda pipe, x=x: _first_block(pipe, x) for x in (0.1, 0.2)}
     return {**ours, **peers}
@@ -132,9 +135,12 @@ def latent_rows() -> Iterator[list[str]]:
 
 def real_size(record: MethodRecord) -> Iterator[list[str]]:
     """A transformer of PixArt-alpha's size."""
-    for updates in UPDATES:
-        costs = real_transformer("PixArt-alpha", BACConfig(num_updates=updates), STEPS)
-        yield ["PixArt-alpha size, random weights", f"M = {updates}, equal distances", *costs, "", ""]
+    for order, ending in enumerate(("", FORECAST)):
+        for updates in UPDATES:
+            config = BACConfig(num_updates=updates, forecast_order=order)
+            costs = real_transformer("PixArt-alpha", config, STEPS)
+            name = f"M = {updates}, equal distances{ending}"
+            yield ["PixArt-alpha size, random weights", name, *costs, "", ""]
 
 
 def notes(record: MethodRecord) -> str:

@@ -31,9 +31,12 @@ from diffusers_ext.registry import MethodRecord
 INTERVALS = (2, 3, 5)
 THRESHOLDS = (0.1, 0.2, 0.4)
 RATIOS = (0.75, 0.5, 0.25)
+FORECAST = ", forecast"
 UNET = "SD 1.5 size, random weights"
 TRANSFORMER_STEPS = {"PixArt-alpha": 20, "Stable Diffusion 3": 28}
 BOTH = (real.FULL, real.CHEAP)
+# A forecast costs something from the second full step on.
+WITH_FORECAST = (real.FULL, "cheap, repeated", *BOTH)
 COLUMNS = ["Model", "Setting", "MACs", "Time", "PSNR to uncached", "Judge: all attributes"]
 
 
@@ -72,7 +75,15 @@ class Size:
 
 
 def _configs(record: MethodRecord) -> dict[str, Any]:
-    """Three strengths, weakest first, by the field that a method has for it; else its default alone."""
+    """The strengths of a method; where it can, also with its features forecast instead of repeated."""
+    configs = _strengths(record)
+    if "forecast_order" in record.public.__dataclass_fields__:
+        configs |= {name + FORECAST: replace(config, forecast_order=1) for name, config in configs.items()}
+    return configs
+
+
+def _strengths(record: MethodRecord) -> dict[str, Any]:
+    """Three, weakest first, by the field that a method has for it; else its default alone."""
     fields = record.public.__dataclass_fields__
     if "cache_interval" in fields:
         return {f"N = {n}": record.public(cache_interval=n) for n in INTERVALS}
@@ -291,7 +302,8 @@ def unet_rows(record: MethodRecord, extra: Sequence[Setting] = ()) -> Iterator[l
         if "N = 2" not in setting.name:
             continue
         full, shallow = real.macs_of_steps(real.stable_diffusion("meta"), setting.turned_on, 2)
-        times = real.timed(real.stable_diffusion("cpu"), setting.turned_on, BOTH)
+        kinds = WITH_FORECAST if setting.name.endswith(FORECAST) else BOTH
+        times = real.timed(real.stable_diffusion("cpu"), setting.turned_on, kinds)
         for n in INTERVALS:
             name = setting.name.replace("N = 2", f"N = {n}")
             yield [UNET, name, *real.of_a_run([full, *[shallow] * (n - 1)], times), "", ""]
@@ -353,7 +365,8 @@ def _short(config: Any) -> Any:
 @functools.cache
 def _times(name: str, config: Any) -> dict[str, float]:
     denoiser = real.TRANSFORMERS[name]("cpu", num_layers=real.TIMED_BLOCKS)
-    return real.timed(denoiser, lambda pipe: diffusers_ext.apply(pipe, config), BOTH)
+    kinds = WITH_FORECAST if getattr(config, "forecast_order", 0) else BOTH
+    return real.timed(denoiser, lambda pipe: diffusers_ext.apply(pipe, config), kinds)
 
 
 def real_size(record: MethodRecord, extra: Sequence[Setting] = ()) -> Iterator[list[Any]]:

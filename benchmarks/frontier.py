@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import diffusers_ext
-from benchmarks.cache import INTERVALS, Setting, dbcache, helper, own_settings
+from benchmarks.cache import FORECAST, INTERVALS, Setting, dbcache, helper, own_settings
 from diffusers_ext import zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import list_methods
@@ -104,7 +104,8 @@ def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
     for record in list_methods(kind="cache"):
         if {target, "any"} & set(record.targets):
             for setting in own_settings(record):
-                yield OURS, record.slug, setting
+                strength = setting.name.removesuffix(FORECAST)
+                yield OURS, record.slug + setting.name[len(strength) :], replace(setting, name=strength)
     if target == "unet":
         for n in INTERVALS:
             yield "DeepCache (PyPI)", "deepcache", Setting(f"N = {n}", lambda pipe, n=n: helper(pipe, n))

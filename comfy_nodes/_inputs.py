@@ -11,6 +11,19 @@ def seed_input(tooltip: str, largest: int = 2**63 - 1) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=largest, control_after_generate=fixed, tooltip=tooltip)
 
 
+def forecast_input() -> io.Int.Input:
+    """What a cache gives in place of what it does not compute."""
+    return io.Int.Input(
+        "forecast_order",
+        default=0,
+        min=0,
+        max=2,
+        optional=True,
+        tooltip="What stands in for what is not computed: 0 repeats the last full step; 1 continues the trend of the "
+        "last two, 2 of three. 1 is much closer with samplers that add no noise; leave 0 for ancestral and SDE ones.",
+    )
+
+
 def name_input(default: str = "my-model") -> io.String.Input:
     """Under which name a result is saved; for `_files.SavedFiles.new`."""
     return io.String.Input("name", default=default, tooltip="File name without folder or extension.")

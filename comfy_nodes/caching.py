@@ -16,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import (
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+from ._inputs import forecast_input
 from ._runs import run_options
 
 
@@ -25,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Store:
-    """Of one kind of call: the stored feature, and how many attention blocks ran before it."""
+    """Of one kind of call: `History` of the stored feature, and how many attention blocks ran before it."""
 
-    feature: torch.Tensor | None = None
+    features: Any
     transformer_index: int = 0
 
 
@@ -36,21 +37,23 @@ class DeepCache:
 
     Args:
         config: `DeepCacheConfig`, whose schedule decides.
-        new_tracker: Makes the `RunTracker` of a sampling run.
         branch: Number of the skip connection up to which the UNet still runs.
         start_percent, end_percent: Part of the run that may reuse.
     """
 
-    def __init__(self, config: Any, new_tracker: Any, branch: int, start_percent: float, end_percent: float):
-        self.config, self.new_tracker, self.branch = config, new_tracker, branch
+    def __init__(self, config: Any, branch: int, start_percent: float, end_percent: float):
+        self.config, self.branch = config, branch
         self.start_percent, self.end_percent = start_percent, end_percent
 
     def sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE: a fresh tracker for this run, gone when it ends, however it ends."""
+        from diffusers_ext.caching._common import RunTracker
+        from diffusers_ext.caching._forecast import History
+
         guider = executor.class_obj
         sampling = guider.model_patcher.get_model_object("model_sampling")
         run = _Run(
-            self.new_tracker(_Store),
+            RunTracker(lambda: _Store(History(self.config.forecast_order))),
             sampling.percent_to_sigma(self.start_percent),
             sampling.percent_to_sigma(self.end_percent),
         )
@@ -69,22 +72,23 @@ class DeepCache:
         position = run.begin(x, options) if run else None
         if position is None:
             return executor(x, timesteps, context, y, control, options, **kwargs)
-        store = position.state
-        if store.feature is None or self.config.is_full_step(position.step):
+        store: _Store = position.state
+        unet: UNetModel = executor.class_obj
+        if not store.features.kept or self.config.is_full_step(position.step):
             run.computed += 1
-            return executor(x, timesteps, context, y, control, self._recording(options, store, executor), **kwargs)
+            options = self._recording(options, store, position.step, unet)
+            return executor(x, timesteps, context, y, control, options, **kwargs)
         run.reused += 1
-        return shallow_forward(
-            executor.class_obj, self.branch, store, x, timesteps, context, y, control, options, **kwargs
-        )
+        feature, start = store.features.at(position.step).clone(), store.transformer_index
+        return shallow_forward(unet, self.branch, feature, start, x, timesteps, context, y, control, options, **kwargs)
 
-    def _recording(self, options: dict, store: _Store, executor) -> dict:
+    def _recording(self, options: dict, store: _Store, step: int, unet: UNetModel) -> dict:
         """Options with a patch that stores what enters the branch's layer, before other patches change it in place."""
-        layer = len(executor.class_obj.output_blocks) - 1 - self.branch
+        layer = len(unet.output_blocks) - 1 - self.branch
 
         def record(h, hsp, transformer_options):
             if transformer_options["block"] == ("output", layer):
-                store.feature = h.detach().clone()
+                store.features.add(step, h.detach().clone())
                 store.transformer_index = transformer_options.get("transformer_index", 0)
             return h, hsp
 
@@ -132,10 +136,12 @@ def _down(unet: UNetModel, branch: int, x, run_block, control, options: dict) ->
     return skips
 
 
-def shallow_forward(unet: UNetModel, branch: int, store: _Store, x, timesteps, context, y, control, options, **kwargs):
-    """The UNet's forward without what lies deeper than `branch`, with the stored feature in its place.
+def shallow_forward(
+    unet: UNetModel, branch: int, feature, transformer_index, x, timesteps, context, y, control, options, **kwargs
+):
+    """The UNet's forward without what lies deeper than `branch`, with a feature in its place that may be written into.
 
-    Control, patches and block numbers are as in the whole forward.
+    Control, patches and block numbers are as in the whole forward; `transformer_index` attention blocks are left out.
     """
     options["original_shape"], options["transformer_index"] = list(x.shape), 0
     emb = _embedding(unet, x, timesteps, y, options)
@@ -149,13 +155,13 @@ def shallow_forward(unet: UNetModel, branch: int, store: _Store, x, timesteps, c
         return forward_timestep_embed(module, h, emb, context, options, output_shape, **video)
 
     skips = _down(unet, branch, x, run_block, control, options)
-    options["transformer_index"] = store.transformer_index
+    options["transformer_index"] = transformer_index
     first = len(unet.output_blocks) - 1 - branch
     if control is not None:
         # Control is taken off the end of its list, one entry per block: drop those of the blocks that do not run.
         residuals = control.get("output", [])
         del residuals[max(0, len(residuals) - first) :]
-    h = store.feature.clone()
+    h = feature
     for index in range(first, len(unet.output_blocks)):
         options["block"] = ("output", index)
         skip = apply_control(skips.pop(), control, "output")
@@ -224,17 +230,18 @@ class DXDeepCache(io.ComfyNode):
                     step=0.01,
                     tooltip="Steps after this part of the run are computed in full.",
                 ),
+                forecast_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with DeepCache. Works with every sampler node.")],
         )
 
     @classmethod
-    def execute(cls, model, interval: int, block_id: int, start_percent: float, end_percent: float) -> io.NodeOutput:
-        from diffusers_ext.caching._common import RunTracker
+    def execute(cls, model, interval, block_id, start_percent, end_percent, forecast_order=0) -> io.NodeOutput:
         from diffusers_ext.caching.deepcache import DeepCacheConfig
 
         _require_unet(model, block_id)
-        cache = DeepCache(DeepCacheConfig(interval), RunTracker, block_id, start_percent, end_percent)
+        config = DeepCacheConfig(interval, forecast_order=forecast_order)
+        cache = DeepCache(config, block_id, start_percent, end_percent)
         patched = model.clone()
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, cache.sample), (WrappersMP.DIFFUSION_MODEL, cache.forward)):
             patched.remove_wrappers_with_key(kind, KEY)

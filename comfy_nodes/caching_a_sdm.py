@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock,
 from comfy.patcher_extension import WrappersMP, copy_nested_dicts
 from comfy_api.latest import io
 
+from ._inputs import forecast_input
 from ._runs import run_options, standing_in
 
 
@@ -104,16 +105,10 @@ def _live_part(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor
 
 
 @dataclass
-class Kept:
-    """Of one kind of call: features of its last computed step, by module name."""
-
-    features: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass
 class Call:
     """What one call of the UNet does: inherit from `features`, or fill them; None to do neither."""
 
+    step: int
     features: dict[str, torch.Tensor] | None
     inherits: bool = False
 
@@ -134,13 +129,16 @@ class Call:
 
 
 class _Run:
-    """One sampling run: its time mask, where it is, which part of it may inherit, and how often it did."""
+    """One sampling run: its time mask, where it is, which part of it may inherit, and how often it did.
+
+    Of every kind of call the tracker keeps the `History` of its features by module name.
+    """
 
     def __init__(self, tracker: Any, mask: list[int], start_sigma: float, end_sigma: float):
         self.tracker, self.mask, self.start_sigma, self.end_sigma = tracker, mask, start_sigma, end_sigma
         self.computed = self.reused = 0
 
-    def begin(self, x: torch.Tensor, options: dict) -> tuple[Kept, Call] | None:
+    def begin(self, x: torch.Tensor, options: dict) -> tuple[Any, Call] | None:
         """What to do with a call, and where its features stay; None where inheritance is off."""
         from diffusers_ext.caching._common import Inputs
         from diffusers_ext.caching.a_sdm import is_computed
@@ -149,17 +147,21 @@ class _Run:
         if uuids is None or not self.end_sigma < sigma <= self.start_sigma:
             return None
         position = self.tracker.begin(Inputs(x, sigma, []), tuple(uuids))
-        kept: Kept = position.state
-        if kept.features and not is_computed(self.mask, position.step):
-            return kept, Call(kept.features, inherits=True)
-        return kept, Call(None if is_computed(self.mask, position.step + 1) else {})
+        step, history = position.step, position.state
+        if history.kept and not is_computed(self.mask, step):
+            return history, Call(step, history.at(step), inherits=True)
+        needed = history.order or not is_computed(self.mask, step + 1)
+        return history, Call(step, {} if needed else None)
 
-    def end(self, kept: Kept, call: Call) -> None:
+    def end(self, history: Any, call: Call) -> None:
         """The call succeeded."""
         self.reused += call.inherits
         self.computed += not call.inherits
         if not call.inherits:
-            kept.features = call.features or {}
+            if call.features:
+                history.add(call.step, call.features)
+            else:
+                history.kept.clear()
 
 
 class FeatureInheritance:
@@ -186,12 +188,14 @@ class FeatureInheritance:
     def sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """OUTER_SAMPLE: a fresh run, gone when it ends, however it ends."""
         from diffusers_ext.caching._common import RunTracker
+        from diffusers_ext.caching._forecast import History
 
         guider = executor.class_obj
         sampling = guider.model_patcher.get_model_object("model_sampling")
         start, end = sampling.percent_to_sigma(self.start_percent), sampling.percent_to_sigma(self.end_percent)
         steps = sum(end < sigma <= start for sigma in sigmas[:-1].tolist())
-        run = _Run(RunTracker(Kept), self.config.mask(steps), start, end)
+        tracker = RunTracker(lambda: History(self.config.forecast_order))
+        run = _Run(tracker, self.config.mask(steps), start, end)
         try:
             with run_options(guider, KEY, run):
                 return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -207,12 +211,12 @@ class FeatureInheritance:
         found = run.begin(x, options) if run else None
         if found is None:
             return executor(x, timesteps, context, y, control, options, **kwargs)
-        kept, call = found
+        history, call = found
         unit = self.config.granularity == "unit"
         watched = self.modules.items() if call.features is not None else ()
         with standing_in([(module, call.forward(name, module, unit)) for name, module in watched]):
             output = executor(x, timesteps, context, y, control, options, **kwargs)
-        run.end(kept, call)
+        run.end(history, call)
         return output
 
 
@@ -266,13 +270,24 @@ class DXFeatureInheritance(io.ComfyNode):
                     tooltip="For custom: names as in diffusers, separated by commas, e.g. mid_block, up_blocks.0, "
                     "up_blocks.1.attentions.0.",
                 ),
+                forecast_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with feature inheritance. Works with every sampler node.")],
         )
 
     @classmethod
     def execute(
-        cls, model, preset, granularity, interval, mode, dense_fraction, start_percent, end_percent, modules=""
+        cls,
+        model,
+        preset,
+        granularity,
+        interval,
+        mode,
+        dense_fraction,
+        start_percent,
+        end_percent,
+        modules="",
+        forecast_order=0,
     ) -> io.NodeOutput:
         from diffusers_ext.caching.a_sdm import FeatureInheritanceConfig
 
@@ -283,7 +298,9 @@ class DXFeatureInheritance(io.ComfyNode):
                 ". For other models use ComfyUI's EasyCache."
             )
         names = preset if preset == "deep" else [name.strip() for name in modules.split(",") if name.strip()]
-        config = FeatureInheritanceConfig(names, granularity, interval, mode, dense_fraction)
+        config = FeatureInheritanceConfig(
+            names, granularity, interval, mode, dense_fraction, forecast_order=forecast_order
+        )
         return io.NodeOutput(FeatureInheritance(config, select(unet, config), start_percent, end_percent).on(model))
 
 

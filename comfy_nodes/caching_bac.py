@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ._files import SavedFiles, check_name
-from ._inputs import name_input, seed_input
+from ._inputs import forecast_input, name_input, seed_input
 from ._runs import run_options, standing_in
 
 
@@ -345,34 +345,35 @@ class DXBACApply(io.ComfyNode):
                     tooltip="Stretch the schedule to another number of steps instead of refusing it.",
                 ),
                 SCHEDULE.Input("schedule", optional=True, tooltip="Result of BAC Calibrate, instead of a file."),
+                forecast_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with BAC. Works with every sampler node.")],
         )
 
     @classmethod
-    def execute(cls, model, file, updates, rescale, schedule=None) -> io.NodeOutput:
+    def execute(cls, model, file, updates, rescale, schedule=None, forecast_order=0) -> io.NodeOutput:
         places = places_of(model)
         names = kinds_of(places)
-        config = _config(file, updates, rescale, schedule)
+        config = _config(file, updates, rescale, schedule, forecast_order)
         config.schedule_for(names, config.num_inference_steps or updates)  # refuses the schedule of another model
         return io.NodeOutput(BlockCache(lambda sigmas: _new_run(config, names, sigmas), places).on(model))
 
 
-def _config(file: str, updates: int, rescale: bool, schedule: Any) -> Any:
+def _config(file: str, updates: int, rescale: bool, schedule: Any, forecast_order: int) -> Any:
     from dataclasses import replace
 
     from diffusers_ext.caching.bac import BACConfig
 
-    if schedule is not None:
-        return replace(schedule, rescale=rescale)
-    return BACConfig(num_updates=updates) if file == EVEN else BACConfig.load(FILES.find(file), rescale)
+    if schedule is None:
+        schedule = BACConfig(num_updates=updates) if file == EVEN else BACConfig.load(FILES.find(file))
+    return replace(schedule, rescale=rescale, forecast_order=forecast_order)
 
 
 def _new_run(config: Any, names: dict[str, str], sigmas: torch.Tensor) -> _Run:
     from diffusers_ext.caching._bac_calls import Plan
 
     total = len(sigmas) - 1
-    return _Run(Plan.of(config.schedule_for(names, total), total), dict, sigmas)
+    return _Run(Plan.of(config.schedule_for(names, total), total, config.forecast_order), dict, sigmas)
 
 
 NODES = [DXBACCalibrate, DXBACApply]

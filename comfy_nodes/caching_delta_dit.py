@@ -12,6 +12,7 @@ from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+from ._inputs import forecast_input
 from ._runs import run_options
 
 
@@ -54,7 +55,7 @@ class _Run:
         self.reused += call.reused is not None
         self.computed += call.reused is None
         if call.reused is None:
-            store.deltas = call.deltas
+            self.plan.keep(store, call)
 
 
 class DeltaDiT:
@@ -155,17 +156,18 @@ class DXDeltaDiTCache(io.ComfyNode):
                     step=0.01,
                     tooltip="Share of the steps during which the rear blocks are left out; the front blocks after it.",
                 ),
+                forecast_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with Delta-DiT. Works with every sampler node.")],
         )
 
     @classmethod
-    def execute(cls, model, interval: int, cached_blocks: int, boundary_percent: float) -> io.NodeOutput:
+    def execute(cls, model, interval, cached_blocks, boundary_percent, forecast_order=0) -> io.NodeOutput:
         from diffusers_ext.caching._common import RunTracker
         from diffusers_ext.caching.delta_dit import DeltaDiTConfig, Store
 
         places = block_places(model)
-        config = DeltaDiTConfig(interval, cached_blocks or None, boundary_percent)
+        config = DeltaDiTConfig(interval, cached_blocks or None, boundary_percent, forecast_order=forecast_order)
         config.plan(len(places), 1)  # refuses more blocks than there are
         cache = DeltaDiT(config, lambda: RunTracker(Store), places)
         patched = model.clone()

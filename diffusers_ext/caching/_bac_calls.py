@@ -15,11 +15,13 @@ import torch
 
 from ._bac_schedule import Steps, mean_difference, similarity
 from ._common import map_tensors, tensors_in
+from ._forecast import History
 
 
-# Of one kind of call: the outputs of each sub-block in the order in which it gave them. Mostly one, but chunked
-# feed-forwards give several, and so does a joint attention whose two projections are caught one by one.
-Store = dict[str, list[Any]]
+# Of one kind of call: what each sub-block gave at its last updates, as lists of outputs in the order in which it gave
+# them. Mostly one, but chunked feed-forwards give several, and so does a joint attention whose two projections are
+# caught one by one.
+Store = dict[str, History]
 # Of one kind of call in a calibration: what each sub-block gave, by step.
 Rows = dict[int, dict[str, torch.Tensor]]
 
@@ -32,19 +34,26 @@ class Pass:
         store: Outputs kept by earlier calls of its kind; brought up to date by `end`.
         reused: Sub-blocks that do not run.
         kept: Sub-blocks whose output a later call will want.
+        step: Of the run.
+        order: Of the forecast from earlier updates.
     """
 
     store: Store
     reused: frozenset[str]
     kept: frozenset[str]
-    fresh: Store = field(default_factory=dict)
+    step: int
+    order: int
+    fresh: dict[str, list[Any]] = field(default_factory=dict)
+    forecast: dict[str, list[Any]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     visits: Counter[str] = field(default_factory=Counter)
 
     def recall(self, name: str) -> Any:
-        """The next stored output of a reused sub-block."""
+        """The next output that stands in for a reused sub-block."""
+        if name not in self.forecast:
+            self.forecast[name] = self.store[name].at(self.step)
         self.visits[name] += 1
-        return self.store[name][self.visits[name] - 1]
+        return self.forecast[name][self.visits[name] - 1]
 
     def keep(self, name: str, output: Any) -> None:
         """Take the next output of a sub-block that ran."""
@@ -54,9 +63,10 @@ class Pass:
 
     def end(self) -> None:
         """The call succeeded: forget what is out of date."""
-        for name in self.ran:
+        for name in self.ran - self.fresh.keys():
             self.store.pop(name, None)
-        self.store.update(self.fresh)
+        for name, outputs in self.fresh.items():
+            self.store.setdefault(name, History(self.order)).add(self.step, outputs)
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,16 @@ class Plan:
     Args:
         updates: Steps at which each sub-block is recomputed.
         total: T, steps of the run.
+        order: Of the forecast from earlier updates.
     """
 
     updates: Mapping[str, frozenset[int]]
     total: int
+    order: int = 0
 
     @classmethod
-    def of(cls, schedule: Mapping[str, Steps], total: int) -> Plan:
-        return cls({name: frozenset(steps) for name, steps in schedule.items()}, total)
+    def of(cls, schedule: Mapping[str, Steps], total: int, order: int = 0) -> Plan:
+        return cls({name: frozenset(steps) for name, steps in schedule.items()}, total, order)
 
     @staticmethod
     def new_kind() -> Store:
@@ -86,8 +98,9 @@ class Plan:
     def begin(self, store: Store, step: int) -> Pass:
         """What to do with a call at a step; a sub-block without a stored output always runs."""
         reused = frozenset(name for name in store if not self._due(name, step))
-        kept = frozenset(name for name in self.updates if name not in reused and not self._due(name, step + 1))
-        return Pass(store, reused, kept)
+        ran = (name for name in self.updates if name not in reused)
+        kept = frozenset(name for name in ran if self.order or not self._due(name, step + 1))
+        return Pass(store, reused, kept, step, self.order)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from ._common import (
     outlines,
     tensors_in,
 )
+from ._forecast import History
 
 
 @dataclass
@@ -28,13 +29,6 @@ class Record:
     """What one full step leaves, by the number of the hook."""
 
     outputs: dict[int, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Kept:
-    """Of one kind of call: its last full step."""
-
-    record: Record | None = None
 
 
 @dataclass
@@ -76,19 +70,20 @@ class InheritHook(ModelHook):
         return distinct_tensors(kept, torch.clone)
 
 
-class InheritRoot(RunHook[Kept]):
+class InheritRoot(RunHook[History]):
     """On the model: decides between a full step and one on which the hooked modules inherit.
 
     Args:
         is_full: Does everything run on this step, counted from the start of the run?
         shared: Of the hooks of the modules.
         watched: Number of the hook whose change from one full step to the next is reported.
+        order: Of the forecast from full steps.
     """
 
-    def __init__(self, is_full: Callable[[int], bool], shared: Shared, watched: int):
-        super().__init__(RunTracker(Kept))
+    def __init__(self, is_full: Callable[[int], bool], shared: Shared, watched: int, order: int):
+        super().__init__(RunTracker(lambda: History(order)))
         self.is_full, self.shared, self.watched = is_full, shared, watched
-        self.kept: Kept | None = None
+        self.position: Position[History] | None = None
         self.computed = self.reused = 0
         self.changes: list[torch.Tensor] = []
         self.arguments: tuple[tuple, dict] | None = None
@@ -98,22 +93,26 @@ class InheritRoot(RunHook[Kept]):
         self.changes = []
         self.arguments = outlines((args, kwargs))
 
-    def begin_call(self, position: Position[Kept]) -> None:
-        self.kept = position.state
-        reuse = self.kept.record is not None and not self.is_full(position.step)
-        self.shared.reuse, self.shared.record = reuse, self.kept.record if reuse else Record()
+    def begin_call(self, position: Position[History]) -> None:
+        self.position, history = position, position.state
+        reuse = bool(history.kept) and not self.is_full(position.step)
+        self.shared.reuse, self.shared.record = reuse, Record(history.at(position.step)) if reuse else Record()
         self.computed += not reuse
         self.reused += reuse
 
     def end_call(self) -> None:
         if not self.shared.reuse:
-            new, old = self.shared.record, self.kept.record
+            history = self.position.state
+            new, old = self.shared.record, history.newest
             if new is not None and old is not None:
-                self.changes.append(_change(new.outputs[self.watched], old.outputs[self.watched]))
-            self.kept.record = new
+                self.changes.append(_change(new.outputs[self.watched], old[self.watched]))
+            if new is None:
+                history.kept.clear()
+            else:
+                history.add(self.position.step, new.outputs)
 
     def release(self) -> None:
-        self.shared.record, self.shared.reuse, self.kept = None, False, None
+        self.shared.record, self.shared.reuse, self.position = None, False, None
 
     def macs(self, model: torch.nn.Module) -> dict[str, int]:
         """MACs of a full and of a reused call with the last run's shapes, counted on the meta device."""

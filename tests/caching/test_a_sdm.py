@@ -91,13 +91,33 @@ def test_all_ones_and_removal_are_exact_on_every_layout(make_unet, run_loop, tra
 
 
 @pytest.mark.parametrize("name, branch", [("sd", 0), ("sd", 4), ("sdxl", 0), ("uneven", 3), ("unet2d", 8), ("svd", 0)])
-@pytest.mark.parametrize("interval", [2, 3])
-def test_branches_are_deepcache(make_unet, run_loop, name, branch, interval):
+@pytest.mark.parametrize("interval, order", [(2, 0), (3, 0), (2, 1)])
+def test_branches_are_deepcache(make_unet, run_loop, name, branch, interval, order):
     unet = make_unet(name)
-    with diffusers_ext.apply(unet, DeepCacheConfig(interval, branch)):
+    with diffusers_ext.apply(unet, DeepCacheConfig(interval, branch, forecast_order=order)):
         expected = run_loop(unet, name, steps=4)
-    with diffusers_ext.apply(unet, FeatureInheritanceConfig(f"branch-{branch}", "layer", interval)):
+    config = FeatureInheritanceConfig(f"branch-{branch}", "layer", interval, forecast_order=order)
+    with diffusers_ext.apply(unet, config):
         torch.testing.assert_close(run_loop(unet, name, steps=4), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "granularity, modules",
+    # The output of a cross-attention is its branch, nothing live is added.
+    [("block", "deep"), ("layer", "branch-1"), ("unit", ["mid_block.attentions.0.transformer_blocks.0.attn2"])],
+)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_equals_the_rule_written_out(make_unet, run_loop, by_hand, granularity, modules, order):
+    """A time mask with uneven gaps."""
+    unet, mask = make_unet(), [1, 1, 0, 1, 0, 0, 1, 0]
+    config = FeatureInheritanceConfig(modules, granularity, mode=mask, forecast_order=order)
+    computed = [i for i, runs in enumerate(mask) if runs]
+    undo = by_hand(unet, dict.fromkeys(config.names(unet), computed), order)
+    expected = run_loop(unet, steps=8)
+    undo()
+    with diffusers_ext.apply(unet, config):
+        torch.testing.assert_close(run_loop(unet, steps=8), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(run_loop(unet, steps=8), expected, atol=1e-5)
 
 
 def test_a_branch_costs_what_it_does_in_deepcache(make_unet, run_loop):
@@ -203,15 +223,16 @@ def test_macs_are_those_of_what_runs(stable_diffusion, granularity):
 
 
 def test_nothing_is_kept_where_nothing_is_inherited(make_unet, run_loop):
-    """Two computed steps in a row: the first leaves no features behind."""
+    """Two computed steps in a row: the first leaves no features behind, unless a forecast looks back at it."""
     unet = make_unet()
-    with diffusers_ext.apply(unet, FeatureInheritanceConfig(mode=[1, 1, 0, 1])):
-        hook = next(h for h in unet._diffusers_hook.hooks.values())
-        for calls, kept in ((1, False), (2, True), (3, True), (4, False)):
-            unet._reset_stateful_cache()
-            run_loop(unet, calls=calls)
-            (context,) = hook.tracker._contexts.values()
-            assert (context.state.record is not None) == kept
+    for order, counts in ((0, (0, 1, 1, 0)), (1, (1, 2, 2, 2)), (2, (1, 2, 2, 3))):
+        with diffusers_ext.apply(unet, FeatureInheritanceConfig(mode=[1, 1, 0, 1], forecast_order=order)):
+            hook = next(h for h in unet._diffusers_hook.hooks.values())
+            for calls, kept in enumerate(counts, 1):
+                unet._reset_stateful_cache()
+                run_loop(unet, calls=calls)
+                (context,) = hook.tracker._contexts.values()
+                assert len(context.state.kept) == kept
 
 
 # ---- units

@@ -5,6 +5,7 @@ That it never goes stale is tested for every cache in `tests/common/test_cache_m
 
 from __future__ import annotations
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -63,9 +64,12 @@ def test_formulas():
     assert span_bounds("front", 8, 3) == (0, 3) and span_bounds("rear", 8, 3) == (5, 8)
 
 
-def by_the_paper(model, full, spans):
-    """The algorithm over the modules of a DiT, without hooks: `full` steps and the span of every step."""
-    state = {"step": 0, "deltas": {}}
+def by_the_paper(model, full, spans, recall):
+    """The algorithm over the modules of a DiT, without hooks: `full` steps and the span of every step.
+
+    `recall(history, step)` gives what to add instead of a span, of `(step, delta)` of the full steps before.
+    """
+    state = {"step": 0, "deltas": {span: [] for span in spans}}
     labels = torch.tensor([1, 7])
 
     def run(h, t, first, last):
@@ -80,11 +84,12 @@ def by_the_paper(model, full, spans):
             outputs = [h]
             for l in range(blocks):
                 outputs.append(run(outputs[-1], t, l, l + 1))
-            state["deltas"] = {span: outputs[span[1]] - outputs[span[0]] for span in set(spans)}
+            for span in set(spans):
+                state["deltas"][span].append((i, outputs[span[1]] - outputs[span[0]]))
             h = outputs[-1]
         else:
             start, stop = spans[i]
-            h = run(run(h, t, 0, start) + state["deltas"][spans[i]], t, stop, blocks)
+            h = run(run(h, t, 0, start) + recall(state["deltas"][spans[i]], i), t, stop, blocks)
         state["step"] += 1
         emb = model.transformer_blocks[0].norm1.emb(t, labels, hidden_dtype=h.dtype)
         shift, scale = model.proj_out_1(torch.nn.functional.silu(emb)).chunk(2, dim=1)
@@ -95,19 +100,22 @@ def by_the_paper(model, full, spans):
 
 
 @pytest.mark.parametrize(
-    "interval, cached, boundary, store, full",
+    "interval, cached, boundary, store, full, order",
     [
-        (2, 6, 5, "both", {0, 2, 4, 6, 8}),
-        (3, 3, 4, "both", {0, 3, 6, 9}),
-        (3, 3, 4, "active", {0, 3, 4, 6, 9}),
-        (4, 7, 0, "both", {0, 4, 8}),
+        (2, 6, 5, "both", {0, 2, 4, 6, 8}, 0),
+        (3, 3, 4, "both", {0, 3, 6, 9}, 0),
+        (3, 3, 4, "active", {0, 3, 4, 6, 9}, 0),
+        (4, 7, 0, "both", {0, 4, 8}, 0),
+        (2, 6, 5, "both", {0, 2, 4, 6, 8}, 1),
+        (3, 3, 4, "both", {0, 3, 6, 9}, 2),
     ],
 )
-def test_equals_the_algorithm_written_out(interval, cached, boundary, store, full):
+def test_equals_the_algorithm_written_out(interval, cached, boundary, store, full, order, continue_history):
     model = make_dit()
     spans = [(8 - cached, 8) if i < boundary else (0, cached) for i in range(10)]
-    expected = denoise(model, 10, by_the_paper(model, full, spans))
-    config = DeltaDiTConfig(interval, cached, boundary_step=boundary, store=store)
+    recall = functools.partial(continue_history, order=order)
+    expected = denoise(model, 10, by_the_paper(model, full, spans, recall))
+    config = DeltaDiTConfig(interval, cached, boundary_step=boundary, store=store, forecast_order=order)
     with diffusers_ext.apply(model, config) as handle:
         actual = denoise(model, 10)
         figures = handle.summary()["delta-dit"]
@@ -207,13 +215,14 @@ def test_a_change_in_the_number_of_tokens_computes_in_full():
 
 
 def test_only_what_will_be_used_is_kept():
-    def kept(step, interval, store):
-        config = DeltaDiTConfig(interval, 4, boundary_step=5, store=store)
+    def kept(step, interval, store, order=0):
+        config = DeltaDiTConfig(interval, 4, boundary_step=5, store=store, forecast_order=order)
         return config.plan(8, None).call(Store(), 0, step).recorded
 
     assert kept(0, 2, "both") == ("rear",) and kept(6, 2, "both") == ("front",)
     assert kept(4, 2, "both") == ("front",) and kept(3, 4, "both") == ("rear", "front")
     assert kept(4, 2, "active") == ("rear",) and kept(0, 1, "both") == ()
+    assert kept(0, 2, "both", 1) == ("rear",) and kept(2, 2, "both", 1) == ("rear", "front")
 
 
 def test_layer_skipping_guidance_of_stable_diffusion_3():

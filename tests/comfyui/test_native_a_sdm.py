@@ -31,10 +31,18 @@ def nodes(comfy):
 @pytest.fixture
 def patch(dx_nodes):
     def node(
-        model, granularity="block", interval=2, mode="uniform", dense_fraction=0.4, start=0.0, end=1.0, modules=None
+        model,
+        granularity="block",
+        interval=2,
+        mode="uniform",
+        dense_fraction=0.4,
+        start=0.0,
+        end=1.0,
+        modules=None,
+        forecast_order=0,
     ):
         preset = "deep" if modules is None else "custom"
-        values = (preset, granularity, interval, mode, dense_fraction, start, end, modules or "")
+        values = (preset, granularity, interval, mode, dense_fraction, start, end, modules or "", forecast_order)
         return dx_nodes["DXFeatureInheritance"].execute(model, *values).args[0]
 
     return node
@@ -106,6 +114,7 @@ CASES = {
     },
     "early": {"mode": "early_dense", "interval": 3},
     "random": {"mode": "random"},
+    "forecast": {"mode": "early_dense", "interval": 3, "forecast_order": 1},
 }
 
 
@@ -183,7 +192,7 @@ def test_control_of_the_current_step_is_added(shapes, nodes):
     """The skip of an inherited down block gets the control of each step, and does not keep it."""
     unet = shapes[0].model.diffusion_model
     config = FeatureInheritanceConfig(granularity="block")
-    modules, call = nodes.select(unet, config), nodes.Call({})
+    modules, call = nodes.select(unet, config), nodes.Call(0, {})
     torch.manual_seed(0)
     x, context, t = torch.randn(1, 4, 16, 16), torch.randn(1, 20, 128), torch.tensor([500.0])
 
@@ -197,11 +206,11 @@ def test_control_of_the_current_step_is_added(shapes, nodes):
         return {"middle": [scale * torch.ones(1, 128, 4, 4)]}
 
     plain = run(call)
-    inherits = nodes.Call(call.features, inherits=True)
+    inherits = nodes.Call(1, call.features, inherits=True)
     torch.testing.assert_close(run(inherits), plain)
     with torch.no_grad():
         expected = unet(x, t, context, None, control(2.0), {})
-    run(nodes.Call({}), control(2.0))
+    run(nodes.Call(0, {}), control(2.0))
     assert not torch.allclose(expected, plain)
     torch.testing.assert_close(run(inherits, control(0.0)), plain)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ def nodes(comfy):
 
 @pytest.fixture
 def patch(nodes):
-    def node(model, updates=2, schedule=None, rescale=False):
-        return nodes.DXBACApply.execute(model, nodes.EVEN, updates, rescale, schedule).args[0]
+    def node(model, updates=2, schedule=None, rescale=False, forecast_order=0):
+        return nodes.DXBACApply.execute(model, nodes.EVEN, updates, rescale, schedule, forecast_order).args[0]
 
     return node
 
@@ -101,11 +102,13 @@ def on_diffusers(pipe, log):
             yield tokens, pipe._pack_latents(out, len(x), 4, 16, 16)
 
 
-def test_parity_with_diffusers(shapes, nodes, patch, ksample, recorded):
+@pytest.mark.parametrize("order", [0, 1])
+def test_parity_with_diffusers(shapes, nodes, patch, ksample, recorded, order):
     """Every sub-block has steps of its own; what one side reuses, the other does."""
     config = uneven(nodes.kinds_of(nodes.places_of(shapes[0])), STEPS)
     outer, log = recorded(shapes[0])
-    ksample(patch(outer, schedule=config))
+    ksample(patch(outer, schedule=config, forecast_order=order))
+    config = replace(config, forecast_order=order)
     pipe = zoo.load("shapes-dit")
     with diffusers_ext.apply(pipe.transformer, config) as handle:
         for ours, theirs in on_diffusers(pipe, log):

@@ -9,6 +9,7 @@ import torch
 
 import diffusers_ext
 from diffusers_ext import DeepCacheConfig, zoo
+from diffusers_ext.caching._forecast import History
 
 
 pytestmark = pytest.mark.comfy
@@ -23,8 +24,9 @@ def shapes(native_pipe, encode):
 
 @pytest.fixture
 def patch(dx_nodes):
-    def node(model, interval=3, block_id=0, start_percent=0.0, end_percent=1.0):
-        return dx_nodes["DXDeepCache"].execute(model, interval, block_id, start_percent, end_percent).args[0]
+    def node(model, interval=3, block_id=0, start_percent=0.0, end_percent=1.0, **options):
+        execute = dx_nodes["DXDeepCache"].execute
+        return execute(model, interval, block_id, start_percent, end_percent, **options).args[0]
 
     return node
 
@@ -43,13 +45,15 @@ def ksample(comfy, shapes):
     return run
 
 
-@pytest.mark.parametrize("interval, block_id", [(2, 0), (3, 1), (3, 4), (5, 2), (3, 5)])
-def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, block_id):
+@pytest.mark.parametrize(
+    "interval, block_id, order", [(2, 0, 0), (3, 1, 0), (3, 4, 0), (5, 2, 0), (3, 5, 0), (2, 0, 1), (3, 4, 2)]
+)
+def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, block_id, order):
     outer, log = recorded(shapes[0])
-    ksample(patch(outer, interval, block_id))
+    ksample(patch(outer, interval, block_id, forecast_order=order))
     unet = zoo.load("shapes-unet").unet
     context = log[0][2]
-    config = DeepCacheConfig(cache_interval=interval, cache_branch_id=block_id)
+    config = DeepCacheConfig(cache_interval=interval, cache_branch_id=block_id, forecast_order=order)
     with torch.no_grad(), diffusers_ext.apply(unet, config) as handle:
         for x, t, seen, out in log:
             assert torch.equal(seen, context)
@@ -179,14 +183,14 @@ def test_shallow_pass_with_a_fresh_feature_is_the_whole_pass(shapes, patch, comf
         noise = [torch.randn(s.shape, generator=generator) * 0.1 for s in skips]
         return {"output": noise, "middle": [noise[-1].clone()], "input": [n * 0.5 for n in reversed(noise)]}
 
-    store = caching._Store()
-    cache = caching.DeepCache(DeepCacheConfig(2), None, block_id, 0.0, 1.0)
+    store = caching._Store(History())
+    cache = caching.DeepCache(DeepCacheConfig(2), block_id, 0.0, 1.0)
     arguments = (x, torch.tensor([500.0] * 2), context, None)
     given = options(output_block_patch=[in_place], attn1_patch=[attention], input_block_patch=[lambda h, o: h * 1.01])
 
     def whole(executor, *args, **kwargs):
         rest = list(args)
-        rest[5] = cache._recording(rest[5], store, executor)
+        rest[5] = cache._recording(rest[5], store, 0, executor.class_obj)
         return executor(*rest, **kwargs)
 
     with torch.no_grad():
@@ -194,7 +198,8 @@ def test_shallow_pass_with_a_fresh_feature_is_the_whole_pass(shapes, patch, comf
         expected = unet(*arguments, control(), wrapped)
         whole_run = {place: values[-1] for place, values in seen.items()}
         seen.clear()
-        actual = caching.shallow_forward(unet, block_id, store, *arguments, control(), dict(given))
+        feature, start = store.features.newest.clone(), store.transformer_index
+        actual = caching.shallow_forward(unet, block_id, feature, start, *arguments, control(), dict(given))
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
     assert seen.items() and all(whole_run[place] == pytest.approx(values[0]) for place, values in seen.items())
     assert len(seen) < len(whole_run) or block_id == 5

@@ -22,8 +22,8 @@ def shapes(native_pipe, encode):
 
 @pytest.fixture
 def patch(dx_nodes):
-    def node(model, interval=2, cached_blocks=0, boundary_percent=0.5):
-        return dx_nodes["DXDeltaDiTCache"].execute(model, interval, cached_blocks, boundary_percent).args[0]
+    def node(model, interval=2, cached_blocks=0, boundary_percent=0.5, **options):
+        return dx_nodes["DXDeltaDiTCache"].execute(model, interval, cached_blocks, boundary_percent, **options).args[0]
 
     return node
 
@@ -42,16 +42,16 @@ def ksample(comfy, shapes):
     return run
 
 
-@pytest.mark.parametrize("interval, blocks, boundary", [(2, 0, 0.5), (3, 10, 0.4)])
-def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, blocks, boundary):
+@pytest.mark.parametrize("interval, blocks, boundary, order", [(2, 0, 0.5, 0), (3, 10, 0.4, 0), (2, 0, 0.5, 1)])
+def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, blocks, boundary, order):
     """Spans here cross from double to single blocks."""
     outer, log = recorded(shapes[0])
-    ksample(patch(outer, interval, blocks, boundary))
+    ksample(patch(outer, interval, blocks, boundary, forecast_order=order))
     pipe = zoo.load("shapes-dit")
     context, y = log[0][2:4]
     ids = pipe._prepare_latent_image_ids(1, 8, 8, torch.device("cpu"), torch.float32)
     words = torch.zeros(context.shape[1], 3)
-    config = DeltaDiTConfig(interval, blocks or None, boundary, num_inference_steps=STEPS)
+    config = DeltaDiTConfig(interval, blocks or None, boundary, num_inference_steps=STEPS, forecast_order=order)
     with torch.no_grad(), diffusers_ext.apply(pipe.transformer, config) as handle:
         for x, t, seen, *_, out in log:
             assert torch.equal(seen, context)
@@ -176,14 +176,14 @@ def test_control_counts_once(shapes, patch):
         store, plain = Store(), run(None)
         full = plan.call(store, 0, 0)
         assert torch.equal(run(full), plain)
-        store.deltas = full.deltas
+        plan.keep(store, full)
         late, rear = plan.call(store, 1, 1), DeltaDiTConfig(2, 9, span_order="rear").plan(12, None)
         assert late.reused == "front"
         torch.testing.assert_close(run(late), plain, atol=1e-4, rtol=1e-4)
         store = Store()
         full = rear.call(store, 0, 0)
         run(full)
-        store.deltas = full.deltas
+        rear.keep(store, full)
         torch.testing.assert_close(run(rear.call(store, 1, 1)), plain, atol=1e-4, rtol=1e-4)
 
 

@@ -6,6 +6,8 @@ A run is a plain loop over a scheduler, so that resets must come from the cache 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -129,9 +131,17 @@ SETUPS = {
     "vmoba": Setup({"blocks": 4}, "sparse", keeps=False),
 }
 METHODS = [record for record in list_methods() if record.kind in ("cache", "attention")]
+
+
+def _forecasting(record):
+    """The record of the same method with more to keep: what it reuses is forecast from several full steps."""
+    return dataclasses.replace(record, public=functools.partial(record.public, forecast_order=1))
+
+
+FORECASTING = [_forecasting(r) for r in METHODS if "forecast_order" in r.public.__dataclass_fields__]
 CASES = [
     (record, layout)
-    for record in METHODS
+    for record in METHODS + FORECASTING
     for layout in dict.fromkeys(n for t in record.targets for n in LAYOUTS.get(t, ()))
 ]
 
@@ -217,7 +227,8 @@ def run(
 def _param(record, layout):
     """The first layout of every target is tested at once, its relatives in the slow run."""
     first = layout in [layouts[0] for layouts in LAYOUTS.values()]
-    return pytest.param((record, layout), id=f"{record.slug}-{layout}", marks=[] if first else [pytest.mark.slow])
+    name = f"{record.slug}-forecast" if record in FORECASTING else record.slug
+    return pytest.param((record, layout), id=f"{name}-{layout}", marks=[] if first else [pytest.mark.slow])
 
 
 @pytest.fixture(params=[_param(*case) for case in CASES])
@@ -234,7 +245,7 @@ def _fresh(case, **settings):
 
 
 def test_there_is_a_case_for_every_method():
-    assert {record for record, _ in CASES} == set(METHODS)
+    assert {record.slug for record, _ in CASES} == {record.slug for record in METHODS}
 
 
 def test_it_acts_and_comes_off(case):
