@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 
+from ._inputs import forecast_input
 from ._runs import run_options
 from .caching import _embedding
 
@@ -33,9 +34,10 @@ class _Features:
 
 @dataclass
 class _Store:
-    """Of one kind of call: features of its last key step, and outputs decoded ahead by timestep."""
+    """Of one kind of call: `History` of what the encoder gave at key steps, and outputs decoded ahead by timestep."""
 
-    features: _Features | None = None
+    encoded: Any
+    transformer_index: int = 0
     ahead: dict[float, torch.Tensor] = field(default_factory=dict)
 
 
@@ -129,18 +131,22 @@ def forward(executor, x, timesteps=None, context=None, y=None, control=None, tra
     if run is None or options.get("uuids") is None:
         return executor(x, timesteps, context, y, control, options, **kwargs)
     unet, position, now = executor.class_obj, run.begin(x, options), float(timesteps[0])
-    store, is_key = position.state, position.state.features is None or position.step in run.keys
+    store, is_key = position.state, not position.state.encoded.kept or position.step in run.keys
     run.computed, run.reused = run.computed + is_key, run.reused + (not is_key)
     if is_key:
         store.ahead.clear()
-        store.features = encode(unet, x, timesteps, context, y, control, options, **kwargs)
+        features = encode(unet, x, timesteps, context, y, control, options, **kwargs)
+        store.encoded.add(position.step, (features.skips, features.middle))
+        store.transformer_index = features.transformer_index
     if now in store.ahead:
         return store.ahead.pop(now)
     run.batches += 1
     times = run.times(position.step, now)
+    if not is_key:
+        features = _Features(*store.encoded.at(position.step), store.transformer_index)
     if len(times) == 1:
-        return decode(unet, store.features, x, timesteps, context, y, control, options, **kwargs)
-    outputs = _decode_ahead(unet, store.features, times, x, timesteps, context, y, control, options, kwargs)
+        return decode(unet, features, x, timesteps, context, y, control, options, **kwargs)
+    outputs = _decode_ahead(unet, features, times, x, timesteps, context, y, control, options, kwargs)
     store.ahead = dict(zip(times[1:], outputs[1:]))
     return outputs[0]
 
@@ -158,12 +164,14 @@ def _decode_ahead(unet, features: _Features, times: list[float], x, timesteps, c
     return out.chunk(count)
 
 
-def _new_run(sampling: Any, sigmas: torch.Tensor, key_steps: Any, max_parallel: int) -> _Run:
+def _new_run(sampling: Any, sigmas: torch.Tensor, key_steps: Any, max_parallel: int = 1, order: int = 0) -> _Run:
     from diffusers_ext.caching._common import RunTracker
+    from diffusers_ext.caching._forecast import History
     from diffusers_ext.caching.faster_diffusion import key_step_list
 
     timesteps = sampling.timestep(sigmas[:-1]).float().tolist()
-    return _Run(RunTracker(_Store), key_step_list(len(timesteps), key_steps), timesteps, max_parallel)
+    tracker = RunTracker(lambda: _Store(History(order)))
+    return _Run(tracker, key_step_list(len(timesteps), key_steps), timesteps, max_parallel)
 
 
 def parse_key_steps(text: str) -> Any:
@@ -181,12 +189,13 @@ def parse_key_steps(text: str) -> Any:
 class FasterDiffusion:
     """The OUTER_SAMPLE wrapper of one patched MODEL. What a run remembers lives in that run's options, never here."""
 
-    def __init__(self, key_steps: Any):
-        self.key_steps = key_steps
+    def __init__(self, key_steps: Any, forecast_order: int):
+        self.key_steps, self.forecast_order = key_steps, forecast_order
 
     def sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
-        run = _new_run(guider.model_patcher.get_model_object("model_sampling"), sigmas, self.key_steps, 1)
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        run = _new_run(sampling, sigmas, self.key_steps, order=self.forecast_order)
         try:
             with run_options(guider, KEY, run):
                 return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -279,14 +288,15 @@ class DXFasterDiffusion(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A UNet model. LoRA, ControlNet and other patches keep working."),
                 _key_steps_input(),
+                forecast_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with Faster Diffusion. Works with every sampler node.")],
         )
 
     @classmethod
-    def execute(cls, model, key_steps: str) -> io.NodeOutput:
+    def execute(cls, model, key_steps: str, forecast_order: int = 0) -> io.NodeOutput:
         _require_unet(model.model.diffusion_model)
-        patched, cache = model.clone(), FasterDiffusion(parse_key_steps(key_steps))
+        patched, cache = model.clone(), FasterDiffusion(parse_key_steps(key_steps), forecast_order)
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, cache.sample), (WrappersMP.DIFFUSION_MODEL, forward)):
             patched.remove_wrappers_with_key(kind, KEY)
             patched.add_wrapper_with_key(kind, KEY, wrapper)

@@ -55,6 +55,19 @@ def _decoder(unet, x, t_encoded, t, text):
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_equals_the_rule_written_out(make_unet, run_loop, by_hand, order):
+    """Key steps at uneven distances; everything in front of the decoder gives what it gave, or its forecast."""
+    unet, keys = make_unet(), [0, 1, 4, 6]
+    encoder = ["conv_in", *(f"down_blocks.{i}" for i in range(len(unet.down_blocks))), "mid_block"]
+    undo = by_hand(unet, dict.fromkeys(encoder, keys), order)
+    expected = run_loop(unet, steps=9)
+    undo()
+    with diffusers_ext.apply(unet, FasterDiffusionConfig(keys, forecast_order=order)):
+        torch.testing.assert_close(run_loop(unet, steps=9), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(run_loop(unet, steps=9), expected, atol=1e-5)
+
+
 # ---- schedules
 
 
@@ -96,6 +109,7 @@ def test_copies_are_whole_batches_in_turn():
         ({"key_steps": "fast"}, "50ls.*pro"),
         ({"key_steps": [0, 9], "num_inference_steps": 9}, r"\[9\].*9 steps"),
         ({"max_parallel": 0}, "max_parallel is 0"),
+        ({"max_parallel": 4, "forecast_order": 1}, "forecast_order=1.*max_parallel=4.*leave one"),
     ],
 )
 def test_bad_values(values, words):

@@ -10,12 +10,20 @@ import torch
 from diffusers import DDIMScheduler
 
 import diffusers_ext
-from diffusers_ext import BACConfig, DeepCacheConfig, DeltaDiTConfig, FeatureInheritanceConfig, zoo
+from diffusers_ext import (
+    BACConfig,
+    DeepCacheConfig,
+    DeltaDiTConfig,
+    FasterDiffusionConfig,
+    FeatureInheritanceConfig,
+    zoo,
+)
 from diffusers_ext.caching._forecast import History, lagrange_weights
 from diffusers_ext.eval import mean_psnr
+from diffusers_ext.registry import list_methods
 
 
-CONFIGS = (DeepCacheConfig, FeatureInheritanceConfig, DeltaDiTConfig, BACConfig)
+CONFIGS = [m.public for m in list_methods() if "forecast_order" in getattr(m.public, "__dataclass_fields__", ())]
 
 
 @pytest.mark.parametrize("steps", [(3,), (0, 4), (1, 2, 6), (0, 1, 5, 7)])
@@ -107,6 +115,7 @@ def pipes():
         ("shapes-unet", DeepCacheConfig(3), 4),
         ("shapes-unet", FeatureInheritanceConfig(interval=2), 8),
         ("shapes-unet", FeatureInheritanceConfig(granularity="unit", interval=2), 4),
+        ("shapes-unet", FasterDiffusionConfig(2), 5),
         ("shapes-dit", DeltaDiTConfig(2), 3),
         ("shapes-dit", BACConfig(num_updates=10), 2),
     ],

@@ -25,7 +25,7 @@ def shapes(native_pipe, encode):
 
 @pytest.fixture
 def patch(dx_nodes):
-    return lambda model, key_steps="3": dx_nodes["DXFasterDiffusion"].execute(model, key_steps).args[0]
+    return lambda model, key_steps="3", order=0: dx_nodes["DXFasterDiffusion"].execute(model, key_steps, order).args[0]
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def executed(shapes):
     return count
 
 
-@pytest.mark.parametrize("key_steps", ["3", "pro", "0, 1, 5"])
-def test_parity_with_diffusers(comfy, shapes, patch, ksample, key_steps):
+@pytest.mark.parametrize("key_steps, order", [("3", 0), ("pro", 0), ("0, 1, 5", 0), ("3", 1)])
+def test_parity_with_diffusers(comfy, shapes, patch, ksample, key_steps, order):
     log, outer = [], shapes[0].clone()
 
     def record(executor, x, timesteps, context, *rest, **kwargs):
@@ -87,10 +87,11 @@ def test_parity_with_diffusers(comfy, shapes, patch, ksample, key_steps):
         return out
 
     outer.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "recorder", record)
-    ksample(patch(outer, key_steps))
+    ksample(patch(outer, key_steps, order))
     given = {"3": 3, "pro": "pro", "0, 1, 5": [0, 1, 5]}[key_steps]
     unet, context = zoo.load("shapes-unet").unet, log[0][2]
-    with torch.no_grad(), diffusers_ext.apply(unet, FasterDiffusionConfig(given, num_inference_steps=9)) as handle:
+    config = FasterDiffusionConfig(given, num_inference_steps=9, forecast_order=order)
+    with torch.no_grad(), diffusers_ext.apply(unet, config) as handle:
         for x, t, _, out in log:
             torch.testing.assert_close(unet(x, t, context).sample, out, atol=1e-4, rtol=0)
         figures = handle.summary()["faster-diffusion"]
