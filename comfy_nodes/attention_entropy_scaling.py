@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ._runs import run_options
+from .attention_hidiffusion import Layout as UNetLayout
 
 
 KEY = "diffusers_ext.attention_entropy_scaling"
@@ -24,10 +25,12 @@ class EntropyScaling:
     Args:
         config: `AttentionEntropyScalingConfig`, with `base_size` in latent pixels.
         layout: The class `Layout`.
+        trained: Tokens of each block of a UNet in training, by (list, index).
     """
 
     config: Any
     layout: Any
+    trained: dict[tuple[str, int], int]
 
     def sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE: put the model's noise levels where the patches find them."""
@@ -49,7 +52,9 @@ class EntropyScaling:
     def query(self, n, context, value, options):
         """attn1_patch of UNets. The query projection has no bias: scaling its input scales the queries."""
         layout = self.layout_now(options, options["original_shape"], None)
-        return (n if layout is None else n * layout.factor(n.shape[1], context.shape[1])), context, value
+        if layout is not None:
+            n = n * layout.factor(n.shape[1], context.shape[1], self.trained.get(options["block"]))
+        return n, context, value
 
     def forward(self, executor, x, *args, **kwargs):
         """DIFFUSION_MODEL of transformers: every attention of a picture over itself gets the factor."""
@@ -93,6 +98,16 @@ def picture_tokens(network: torch.nn.Module, shape: torch.Size) -> int:
     patch = getattr(network, "patch_size", 1)
     height, width = patch[-2:] if isinstance(patch, (tuple, list)) else (patch, patch)
     return -(-shape[-2] // height) * -(-shape[-1] // width) * (shape[2] if len(shape) == 5 else 1)
+
+
+def levels_of(unet: UNetModel) -> dict[tuple[str, int], int]:
+    """Level of every block of a UNet, 0 the outermost, by (list, index); none where blocks do not halve the size."""
+    layout = UNetLayout.of(unet)
+    if len(layout.pairs) != len(unet.channel_mult):
+        return {}
+    found = {("input", i): level for level, blocks in enumerate(layout.pairs) for i in blocks}
+    found |= {("output", i): level for level, blocks in enumerate(layout.outputs) for i in blocks}
+    return found | {("middle", 0): len(layout.pairs) - 1}
 
 
 def latent_size(model: Any, width: int, height: int) -> tuple[int, int]:
@@ -154,13 +169,16 @@ class DXAttentionEntropyScaling(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, base_width, base_height, strength, start_percent, end_percent) -> io.NodeOutput:
-        from diffusers_ext.attention.attention_entropy_scaling import AttentionEntropyScalingConfig, Layout
+        from diffusers_ext.attention import attention_entropy_scaling as maths
 
         base = latent_size(model, base_width, base_height)
-        config = AttentionEntropyScalingConfig(base, strength, start=start_percent, end=end_percent)
-        scaling, patched = EntropyScaling(config, Layout), model.clone()
+        config = maths.AttentionEntropyScalingConfig(base, strength, start=start_percent, end=end_percent)
+        network, patched = model.model.diffusion_model, model.clone()
+        levels = levels_of(network) if isinstance(network, UNetModel) and strength else {}
+        trained = {block: maths.trained_tokens(base, level) for block, level in levels.items()}
+        scaling = EntropyScaling(config, maths.Layout, trained)
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, scaling.sample)
-        if isinstance(model.model.diffusion_model, UNetModel):
+        if isinstance(network, UNetModel):
             patched.set_model_attn1_patch(scaling.query)
         else:
             patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, scaling.forward)

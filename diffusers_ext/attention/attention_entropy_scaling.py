@@ -6,10 +6,11 @@ Jin, Shen, Li, Xue, "Training-free Diffusion Model Adaptation for Variable-Sized
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = ["AttentionEntropyScalingConfig", "EntropyScaledAttnProcessor2_0"]
 _HOOK = PREFIX + "attention-entropy-scaling"
 # Attention along frames: its number of keys does not depend on the picture size.
 _OVER_FRAMES = re.compile(r"temp|motion")
+_UNET_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.|mid_block\.")
 
 
 def entropy_factor(keys: float, trained_keys: float, strength: float = 1.0) -> float:
@@ -68,17 +70,24 @@ class Layout:
     strength: float
     count_text: bool
 
-    def factor(self, queries: int, keys: int) -> float:
+    def factor(self, queries: int, keys: int, trained: int | None = None) -> float:
         """Factor for a layer with these numbers of queries and keys.
 
-        Keys beyond the picture's are text. Windows and tiles have fewer keys than the picture: they count as a
-        picture of that size. Fewer keys than picture tokens are an image prompt's (IP-Adapter), which stays as it is.
+        Keys beyond the picture's are text. Fewer keys than picture tokens are an image prompt's (IP-Adapter), which
+        stays as it is.
+
+        Args:
+            queries: Tokens that attend.
+            keys: Tokens that each of them attends to.
+            trained: Picture tokens of this layer in training, whatever windows and shrunk features leave of them now.
+                Default: by `area_ratio`, where windows and tiles count as pictures of their size.
         """
         image = min(queries, self.image_tokens or queries)
         if keys < image:
             return 1.0
         text = keys - image if self.count_text else 0
-        return entropy_factor(image + text, image * self.area_ratio + text, self.strength)
+        before = image * self.area_ratio if trained is None else trained
+        return entropy_factor(image + text, before + text, self.strength)
 
 
 class ScaledQueries(TorchFunctionMode):
@@ -126,6 +135,32 @@ def self_attention(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
+def level_of(model: torch.nn.Module, name: str) -> int | None:
+    """Level of a UNet that a layer is on, 0 the outermost; None in models whose blocks do not halve the size."""
+    place, blocks = _UNET_BLOCK.match(name), getattr(model, "down_blocks", ())
+    if place is None or not all(getattr(block, "downsamplers", None) for block in blocks[:-1]):
+        return None
+    last = len(blocks) - 1
+    if place[1] is None:
+        return last
+    return int(place[2]) if place[1] == "down" else last - int(place[2])
+
+
+def trained_tokens(base: tuple[int, int], level: int) -> int:
+    """Tokens of a UNet's level at the size of training.
+
+    Raises:
+        ValueError: It is one, and the entropy of attention over one key is 0 whatever the factor.
+    """
+    tokens = math.ceil(base[0] / 2**level) * math.ceil(base[1] / 2**level)
+    if tokens == 1:
+        raise ValueError(
+            f"a training size of {base[0]} x {base[1]} latents is a single token on level {level} of this UNet: "
+            "attention over one key has no entropy to keep; give a larger size, or leave these layers out (`layers`)"
+        )
+    return tokens
+
+
 @dataclass
 class _Shared:
     """Read by the layer hooks, written by the root hook; `layout` is None outside of a call that is scaled."""
@@ -139,15 +174,15 @@ class _Shared:
 class _LayerHook(ModelHook):
     """On a self-attention layer: runs it with scaled queries."""
 
-    def __init__(self, shared: _Shared, name: str):
+    def __init__(self, shared: _Shared, name: str, trained: int | None):
         super().__init__()
-        self.shared, self.name = shared, name
+        self.shared, self.name, self.trained = shared, name, trained
 
     def new_forward(self, module: torch.nn.Module, *args, **kwargs):
         layout = self.shared.layout
         if layout is None:
             return self.fn_ref.original_forward(*args, **kwargs)
-        with ScaledQueries(layout.factor) as mode:
+        with ScaledQueries(functools.partial(layout.factor, trained=self.trained)) as mode:
             output = self.fn_ref.original_forward(*args, **kwargs)
         # Reading the counter inside a compiled graph makes torch 2.13 drop the mode from it.
         if not torch.compiler.is_compiling() and not mode.seen and (mode.ran or is_innermost(module, self)):
@@ -258,8 +293,8 @@ class AttentionEntropyScalingConfig(MethodConfig):
         count_text: In transformers that attend to text and picture together, count the text tokens as keys too.
 
     Raises:
-        ValueError: Values out of range; on `apply`, no `base_size`, no such layer, a fused attention backend, or a
-            model that scales its attention itself (Lumina).
+        ValueError: Values out of range; on `apply`, no `base_size`, no such layer, a layer that saw one token in
+            training, a fused attention backend, or a model that scales its attention itself (Lumina).
         TypeError: On `apply`, linear attention (Sana), which has no softmax.
         RuntimeError: In a run, if a layer's softmax is computed where it cannot be reached.
 
@@ -331,23 +366,31 @@ class AttentionEntropyScalingConfig(MethodConfig):
 
     def check(self, target: Any, num_inference_steps: int | None = None) -> tuple[str, ...]:
         model = denoiser_of(target)
-        for name, module in self.layers_of(model).items():
+        layers = self.layers_of(model)
+        for name, module in layers.items():
             _refuse_processor(name, module.processor)
         base = self.base_of(model)
         if base[0] * base[1] <= 1:
             raise ValueError(f"base_size {base} is a single token: attention over one key has no entropy to keep")
         if self.strength == 0:
             return ("strength is 0: attention-entropy-scaling changes nothing",)
+        self.trained_by_layer(model, layers)
         return ()
+
+    def trained_by_layer(self, model: torch.nn.Module, layers: Iterable[str]) -> dict[str, int | None]:
+        """Picture tokens in training of the layers of a UNet; None where they follow from the size of each call."""
+        base, levels = self.base_of(model), {name: level_of(model, name) for name in layers}
+        return {name: level if level is None else trained_tokens(base, level) for name, level in levels.items()}
 
     def attach(self, target: Any) -> Attachment:
         model, shared = denoiser_of(target), _Shared()
         layers = self.layers_of(model)
+        trained = self.trained_by_layer(model, layers) if self.strength else dict.fromkeys(layers)
 
         def hooks() -> Iterator[tuple[torch.nn.Module, ModelHook]]:
             yield model, _RootHook(self, self.base_of(model), shared)
             for name, module in layers.items():
-                yield module, _LayerHook(shared, name)
+                yield module, _LayerHook(shared, name, trained[name])
 
         def summary() -> Mapping[str, Any]:
             calls = {"scaled": shared.scaled, "plain": shared.plain}

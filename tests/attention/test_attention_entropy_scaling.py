@@ -156,7 +156,7 @@ def test_changes_the_output_elsewhere_and_comes_off(tiny_unet):
 def test_cross_attention_is_untouched(tiny_unet):
     """Given the same inputs, attn2 answers the same; the text even has as many tokens as the picture."""
     block = tiny_unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    x, text = torch.randn(1, 64, 8), torch.randn(1, 64, 8)
+    x, text = torch.randn(1, 256, 8), torch.randn(1, 256, 8)
     with torch.no_grad():
         plain = block.attn2(x, text)
         plain_self = block.attn1(x)
@@ -243,14 +243,31 @@ def _transformer(name):
     return model.eval(), {"encoder_hidden_states": torch.randn(1, 7, 6), "pooled_projections": torch.randn(1, 6)}
 
 
+@pytest.mark.parametrize("size", [8, (7, 10)])
+def test_levels_of_a_unet_are_those_of_its_features(size):
+    """Tokens of every layer at the trained size, counted as they pass."""
+    torch.manual_seed(0)
+    cross = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+    unet = UNet2DConditionModel(
+        sample_size=size, block_out_channels=(4, 8, 8), layers_per_block=1, norm_num_groups=2, cross_attention_dim=8,
+        attention_head_dim=2, down_block_types=cross[0], up_block_types=cross[1],
+    ).eval()  # fmt: skip
+    config, layers, seen = AttentionEntropyScalingConfig(), self_attention(unet), {}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].shape[1]}))
+    with torch.no_grad():
+        unet(torch.randn(1, 4, *config.base_of(unet)), 500, torch.randn(1, 5, 8))
+    assert seen == config.trained_by_layer(unet, layers) and len(set(seen.values())) == 3
+
+
 @pytest.mark.parametrize("name, keys, trained", [("dit", 64, 16), ("pixart", 64, 16), ("sd3", 71, 23)])
 def test_transformers(monkeypatch, name, keys, trained):
     model, kwargs = _transformer(name)
     x = torch.randn(1, 4, 16, 16)
     original, used = Layout.factor, []
 
-    def spy(self, queries, n):
-        used.append((n, original(self, queries, n)))
+    def spy(self, queries, n, trained=None):
+        used.append((n, original(self, queries, n, trained)))
         return used[-1][1]
 
     monkeypatch.setattr(Layout, "factor", spy)
@@ -332,6 +349,11 @@ def test_bad_models(tiny_unet):
         diffusers_ext.apply(tiny_unet, AttentionEntropyScalingConfig(layers="nothing"))
     with pytest.raises(ValueError, match="single token"):
         diffusers_ext.apply(tiny_unet, AttentionEntropyScalingConfig(base_size=(1, 1)))
+    with pytest.raises(ValueError, match="2 x 2 latents is a single token on level 1"):
+        diffusers_ext.apply(tiny_unet, AttentionEntropyScalingConfig(base_size=(2, 2)))
+    outer = AttentionEntropyScalingConfig(base_size=(2, 2), layers="down_blocks|up_blocks")
+    with diffusers_ext.apply(tiny_unet, outer):  # without the middle block
+        assert torch.isfinite(call_unet(tiny_unet)).all()
     with diffusers_ext.apply(tiny_unet, AttentionEntropyScalingConfig()), pytest.raises(ValueError, match="one key"):
         call_unet(tiny_unet, size=2)
     assert "forward" not in vars(tiny_unet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from diffusers_ext.attention._hidiffusion_plan import (
     window_of,
     window_shift,
 )
+from diffusers_ext.attention.attention_entropy_scaling import Layout
 from diffusers_ext.attention.hidiffusion import placement_of, windowed_layers
 from diffusers_ext.eval import count_macs, paired_ratio
 
@@ -531,6 +533,25 @@ def test_with_entropy_scaling():
             both = run(pipe, 32)
             assert handle.summary()["attention-entropy-scaling"]["scaled"] == 10
         assert torch.isfinite(both).all() and not torch.equal(both, alone)
+
+
+def test_entropy_scaling_goes_by_the_keys_that_are_left(monkeypatch):
+    """Windows and shrunk levels are compared with what their layers had in training, be it four tokens."""
+    pipe, used, original = pipe_of(build()), set(), Layout.factor
+
+    def spy(self, queries, keys, trained=None):
+        used.add((keys, trained, original(self, queries, keys, trained)))
+        return original(self, queries, keys, trained)
+
+    monkeypatch.setattr(Layout, "factor", spy)
+    early = {(64, 64, 1.0), (16, 16, 1.0), (4, 4, 1.0)}
+    late = {(64, 64, 1.0), (64, 16, math.sqrt(6 / 4)), (16, 4, math.sqrt(4 / 2))}
+    for configs in itertools.permutations([HiDiffusionConfig(), AttentionEntropyScalingConfig()]):
+        with diffusers_ext.apply(pipe, *configs):
+            for calls, expected in ((1, early), (None, early | late)):
+                used.clear()
+                assert torch.isfinite(run(pipe, 16, calls=calls)).all()
+                assert used == expected
 
 
 def test_merged_tokens_are_reported():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusers_ext
-from diffusers_ext import AttentionEntropyScalingConfig, zoo
+from diffusers_ext import AttentionEntropyScalingConfig, HiDiffusionConfig, zoo
 
 
 pytestmark = pytest.mark.comfy
@@ -50,6 +50,30 @@ def test_unet_parity_with_diffusers(sample, patch):
         for x, t, context, *_, out in calls:
             torch.testing.assert_close(unet(x, t, context).sample, out, atol=1e-4, rtol=0)
         assert handle.summary()["attention-entropy-scaling"]["scaled"] == len(calls)
+
+
+def test_parity_beside_hidiffusion(sample, patch, dx_nodes):
+    """Windows and shrunk levels are compared with what their layers had in training, here as there."""
+    options = {"trained_size": 64, "raunet": True, "window_attention": True, "t1_ratio": -1.0, "t2_ratio": -1.0}
+    options |= {"aggressive": "auto", "seed": 0}
+
+    def both(model):
+        return patch(dx_nodes["DXHiDiffusion"].execute(model, **options).args[0])
+
+    _, calls = sample("shapes-unet", both)
+    unet = zoo.load("shapes-unet").unet
+    configs = HiDiffusionConfig(num_inference_steps=len(calls)), AttentionEntropyScalingConfig()
+    with torch.no_grad(), diffusers_ext.apply(unet, *configs) as handle:
+        for x, t, context, *_, out in calls:
+            torch.testing.assert_close(unet(x, t, context).sample, out, atol=1e-4, rtol=0)
+        assert handle.summary()["hidiffusion"]["coarse_calls"] > 0
+
+
+def test_a_level_of_one_token_is_refused_beforehand(native_pipe, patch):
+    model = native_pipe("shapes-unet")[0]
+    with pytest.raises(ValueError, match="single token on level"):
+        patch(model, base=16)
+    patch(model, base=16, strength=0.0)
 
 
 def test_transformer_parity_with_diffusers(sample, patch, native_pipe):
