@@ -12,18 +12,14 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     WanTransformer3DModel,
 )
@@ -39,103 +35,44 @@ from diffusers.hooks import (
 
 import diffusers_ext
 from diffusers_ext import DeepCacheConfig
+from diffusers_ext._flux_tokens import image_ids
 from diffusers_ext.caching._upstream_vision import Vision, noise_levels
 from diffusers_ext.eval import count_macs
 
 
 STEPS = 6
-
-
-def _sd3():
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=4,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=16,
-    )
-
-
-def _pixart():
-    return PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=4,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        in_channels=4,
-        out_channels=4,
-        cross_attention_dim=16,
-        caption_channels=16,
-        use_additional_conditions=False,
-    )
-
-
-def _dit():
-    return DiTTransformer2DModel(
-        sample_size=8,
-        num_layers=4,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=1000,
-    )
-
-
-def _sana():
-    return SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=8,
-        patch_size=1,
-    )
-
-
-def _flux():
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-    )
-
-
-def _wan():
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
-        rope_max_seq_len=32,
-    )
-
-
-MODELS = {"sd3": _sd3, "pixart": _pixart, "dit": _dit, "sana": _sana, "flux": _flux, "wan": _wan}
+MODELS = ("sd3", "pixart", "dit", "sana", "flux", "wan")
+# Models of their own, and what differs from the tiny ones of all tests.
+OWN = {"sana": SanaTransformer2DModel, "wan": WanTransformer3DModel}
+CONFIGS = {
+    "dit": {"out_channels": 8, "num_embeds_ada_norm": 1000},
+    "flux": {"in_channels": 4},
+    "sana": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 4,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 16,
+        "sample_size": 8,
+        "patch_size": 1,
+    },
+    "wan": {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 3,
+        "rope_max_seq_len": 32,
+    },
+}
 
 
 def _conditions(name, batch, seed):
@@ -164,8 +101,7 @@ def _extra(name, size):
     """Where Flux's tokens are in the picture."""
     if name != "flux":
         return {}
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    return {"img_ids": torch.stack([torch.zeros(size, size), y, x], -1).reshape(-1, 3).float()}
+    return {"img_ids": image_ids(2 * size, 2 * size)}
 
 
 def _loop(model, name, batch=2, size=8, seed=0, steps=STEPS, split=False, calls=1, stop=None, timesteps=None):
@@ -187,12 +123,11 @@ def _loop(model, name, batch=2, size=8, seed=0, steps=STEPS, split=False, calls=
 
 
 @pytest.fixture
-def make():
+def make(tiny_model):
     """Fresh tiny model by name, with weights that move the input (upstream zero-initialises some outputs)."""
 
     def build(name):
-        torch.manual_seed(0)
-        model = MODELS[name]().eval().requires_grad_(False)
+        model = tiny_model(OWN.get(name, name), size=8, text=16, **CONFIGS.get(name, {}))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         return model

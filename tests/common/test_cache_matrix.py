@@ -13,21 +13,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from safetensors.torch import load_file
 
 import diffusers_ext
+from diffusers_ext._flux_tokens import image_ids, pack, unpack
 from diffusers_ext.caching._common import Inputs
 from diffusers_ext.registry import list_methods
 
@@ -36,77 +29,8 @@ STEPS = 10
 SIZE = 8
 TRAINED = 4
 TEXT = 8
-
-
-def _dit():
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        num_layers=4,
-        sample_size=TRAINED,
-        num_embeds_ada_norm=9,
-    )
-
-
-def _pixart():
-    return PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        cross_attention_dim=16,
-        sample_size=TRAINED,
-        caption_channels=TEXT,
-        use_additional_conditions=False,
-    )
-
-
-def _sd3():
-    return SD3Transformer2DModel(
-        sample_size=TRAINED,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT,
-        caption_projection_dim=16,
-        pooled_projection_dim=TEXT,
-        pos_embed_max_size=2 * SIZE,
-        qk_norm="rms_norm",
-    )
-
-
-def _flux():
-    return FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT,
-        pooled_projection_dim=TEXT,
-        axes_dims_rope=(2, 2, 4),
-    )
-
-
-def _unet():
-    return UNet2DConditionModel(
-        sample_size=TRAINED,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=TEXT,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-
-
-BUILDERS = {"unet": _unet, "dit": _dit, "pixart": _pixart, "sd3": _sd3, "flux": _flux}
-LAYOUTS = {"unet": ("unet",), "dit": ("dit", "pixart"), "mmdit": ("sd3", "flux"), "any": tuple(BUILDERS)}
+LAYOUTS = {"unet": ("unet",), "dit": ("dit", "pixart"), "mmdit": ("sd3", "flux")}
+LAYOUTS["any"] = sum(LAYOUTS.values(), ())
 
 
 class Setup(NamedTuple):
@@ -154,13 +78,12 @@ def _config(record):
     return record.public(**_setup(record).settings)
 
 
-def _build(layout):
-    torch.manual_seed(0)
-    model = BUILDERS[layout]().eval().requires_grad_(False)
-    for parameter in model.parameters():  # adaLN-zero and zero output layers would hide every block
-        if parameter.abs().max() == 0:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler())
+@pytest.fixture(scope="module")
+def build(tiny_model):
+    """Function from a layout to a fresh target."""
+    return lambda layout: SimpleNamespace(
+        transformer=tiny_model(layout, size=TRAINED, text=TEXT), scheduler=FlowMatchEulerDiscreteScheduler()
+    )
 
 
 def _conditions(layout, batch, words=5, seed=1):
@@ -180,21 +103,17 @@ def _call(layout, model, x, t, conditions, **extra):
         return model(x, t, return_dict=False, **conditions, **extra)[0]
     if layout != "flux":
         return model(x, timestep=t.expand(len(x)), return_dict=False, **conditions, **extra)[0]
-    b, c, h, w = x.shape
-    tokens = x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-    ids = torch.stack(
-        torch.meshgrid(torch.zeros(1), torch.arange(h // 2.0), torch.arange(w // 2.0), indexing="ij"), -1
-    ).to(x.device)
+    size = x.shape[-2:]
     out = model(
-        tokens,
-        timestep=t.expand(b) / 1000,
-        img_ids=ids.view(-1, 3),
+        pack(x),
+        timestep=t.expand(len(x)) / 1000,
+        img_ids=image_ids(*size, x.device),
         txt_ids=torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, device=x.device),
         return_dict=False,
         **conditions,
         **extra,
     )[0]
-    return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+    return unpack(out, *size)
 
 
 def _like(model, conditions):
@@ -232,9 +151,9 @@ def _param(record, layout):
 
 
 @pytest.fixture(params=[_param(*case) for case in CASES])
-def case(request):
+def case(request, build):
     record, layout = request.param
-    return record, layout, _build(layout)
+    return record, layout, build(layout)
 
 
 def _fresh(case, **settings):
@@ -281,9 +200,9 @@ def test_runs_of_different_layouts_in_a_row(case):
             assert torch.equal(run(target, layout, **setting), expected), setting
 
 
-def test_another_dtype(case):
+def test_another_dtype(case, build):
     record, layout, target = case
-    other = _build(layout)
+    other = build(layout)
     other.transformer.to(torch.bfloat16)
     expected = _fresh((record, layout, other))
     with diffusers_ext.apply(target, _config(record)):
@@ -294,9 +213,9 @@ def test_another_dtype(case):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
-def test_another_device(case):
+def test_another_device(case, build):
     record, layout, target = case
-    other = _build(layout)
+    other = build(layout)
     other.transformer.to("cuda")
     expected = _fresh((record, layout, other))
     with diffusers_ext.apply(target, _config(record)):
@@ -306,14 +225,14 @@ def test_another_device(case):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_another_device_in_mid_run(case, moved, monkeypatch):
+def test_another_device_in_mid_run(case, build, moved, monkeypatch):
     """A call that says it is elsewhere gets nothing of the calls before, and equals the first of a run."""
     record, layout, target = case
     if not _setup(record).keeps:
         pytest.skip("keeps no tensors from call to call")
     key, device, conditions = Inputs.key, ["here"], _conditions(layout, 2)
     monkeypatch.setattr(Inputs, "key", lambda inputs: (device[0], key(inputs)))
-    twin, outputs = _build(layout), []
+    twin, outputs = build(layout), []
 
     def predict(x, t):
         outputs.append((x, t, _call(layout, target.transformer, x, t, conditions)))

@@ -7,14 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -25,6 +18,7 @@ from diffusers.hooks import (
 )
 
 import diffusers_ext
+from diffusers_ext._flux_tokens import image_ids
 from diffusers_ext.caching._upstream import UpstreamCache
 from diffusers_ext.registry import list_methods
 
@@ -32,66 +26,8 @@ from diffusers_ext.registry import list_methods
 STEPS = 8
 SIZE = 16
 TRAINED = 8
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
-
-
-def _dit():
-    return DiTTransformer2DModel(**HEADS, in_channels=4, num_layers=2, sample_size=TRAINED, num_embeds_ada_norm=9)
-
-
-def _pixart():
-    return PixArtTransformer2DModel(
-        **HEADS,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        cross_attention_dim=16,
-        sample_size=TRAINED,
-        caption_channels=8,
-        use_additional_conditions=False,
-    )
-
-
-def _sd3():
-    return SD3Transformer2DModel(
-        **HEADS,
-        sample_size=TRAINED,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        joint_attention_dim=8,
-        caption_projection_dim=16,
-        pooled_projection_dim=8,
-        pos_embed_max_size=SIZE,
-    )
-
-
-def _flux():
-    return FluxTransformer2DModel(
-        **HEADS,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(2, 2, 4),
-    )
-
-
-def _unet():
-    return UNet2DConditionModel(
-        sample_size=TRAINED,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-
-
-BUILDERS = {"unet": _unet, "dit": _dit, "pixart": _pixart, "sd3": _sd3, "flux": _flux}
+# Layouts, and what records call them.
+TARGETS = {"unet": "unet", "dit": "dit", "pixart": "dit", "sd3": "mmdit", "flux": "mmdit"}
 # What a method needs to act on pictures of 16 x 16 in 8 steps; all others take their defaults.
 SETTINGS = {
     "any-size-diffusion": {"tile_size": TRAINED, "overlap": 4},
@@ -145,8 +81,7 @@ def _inputs(layout):
     pooled = {"encoder_hidden_states": text, "pooled_projections": torch.randn(1, 8, generator=generator)}
     if layout == "sd3":
         return pooled
-    places = torch.stack(torch.meshgrid(*[torch.arange(SIZE // 2.0)] * 2, indexing="ij"), -1).view(-1, 2)
-    return {"img_ids": torch.nn.functional.pad(places, (1, 0)), "txt_ids": torch.zeros(5, 3), **pooled}
+    return {"img_ids": image_ids(SIZE, SIZE), "txt_ids": torch.zeros(5, 3), **pooled}
 
 
 def _run(pipe, layout):
@@ -174,14 +109,10 @@ def _uncounted(monkeypatch):
     monkeypatch.setattr(torch.func, "functional_call", refuse)
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
-def scene(request):
+@pytest.fixture(scope="module", params=TARGETS)
+def scene(request, tiny_model):
     """A tiny model of each layout, what it draws, and the methods that it takes alone."""
-    torch.manual_seed(0)
-    model = BUILDERS[request.param]().eval().requires_grad_(False)
-    for parameter in model.parameters():  # adaLN-zero and zero output layers would hide every block
-        if parameter.abs().max() == 0:
-            torch.nn.init.normal_(parameter, std=0.2)
+    model = tiny_model(request.param, layers=2, size=TRAINED)
     pipe = SimpleNamespace(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler())
     plain = _run(pipe, request.param)
     return request.param, pipe, plain, {s for s in SLUGS if diffusers_ext.check(pipe, _config(s))}
@@ -232,7 +163,6 @@ def test_conflicts_are_declared_on_both_sides(slug):
 def test_every_method_fits_somewhere(scene):
     """Where the layout is one that the record names."""
     layout, _, _, fitting = scene
-    target = {"unet": "unet", "dit": "dit", "pixart": "dit", "sd3": "mmdit", "flux": "mmdit"}[layout]
-    named = {slug for slug, record in OWN.items() if {target, "any"} & set(record.targets)}
+    named = {slug for slug, record in OWN.items() if {TARGETS[layout], "any"} & set(record.targets)}
     assert {slug for slug in fitting if slug in OWN} == named
     assert len(fitting & set(UPSTREAM)) >= 2
