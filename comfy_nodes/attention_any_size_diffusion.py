@@ -9,7 +9,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ._runs import run_options
+from ._runs import run_options, wrap_network
 
 
 KEY = "diffusers_ext.any-size-diffusion"
@@ -45,7 +45,7 @@ class SeamlessTiling:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def forward(self, executor, x, timesteps, *args, **kwargs):
-        """DIFFUSION_MODEL: the network on every tile, merged."""
+        """Around the network: its outputs on every tile, merged."""
         place = next((i for i, value in enumerate(args) if isinstance(value, dict) and KEY in value), None)
         options = kwargs.get("transformer_options", {}) if place is None else args[place]
         size = tuple(x.shape[-2:])
@@ -190,9 +190,9 @@ class DXSeamlessTiledDiffusion(io.ComfyNode):
         places = {"offset_mode": offset_mode, "overlap": step, "offset_stride": step}
         resets = {"random_reset_step": random_reset_step or None, "cover_on_reset": cover_on_reset}
         tiling, patched = SeamlessTiling(SeamlessTilingConfig(side, **places, **resets, **options)), model.clone()
-        for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, tiling.sample), (WrappersMP.DIFFUSION_MODEL, tiling.forward)):
-            patched.remove_wrappers_with_key(kind, KEY)
-            patched.add_wrapper_with_key(kind, KEY, wrapper)
+        patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, tiling.sample)
+        wrap_network(patched, KEY, tiling.forward)
         return io.NodeOutput(patched)
 
 

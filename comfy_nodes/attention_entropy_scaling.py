@@ -10,7 +10,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ._runs import run_options
+from ._runs import run_options, wrap_network
 from .attention_hidiffusion import Layout as UNetLayout
 
 
@@ -57,7 +57,7 @@ class EntropyScaling:
         return n, context, value
 
     def forward(self, executor, x, *args, **kwargs):
-        """DIFFUSION_MODEL of transformers: every attention of a picture over itself gets the factor."""
+        """Around transformers: every attention of a picture over itself gets the factor."""
         # Models hand their options on by name or by position.
         place = next((i for i, value in enumerate(args) if isinstance(value, dict)), None)
         options = kwargs.get("transformer_options", {}) if place is None else args[place]
@@ -181,7 +181,7 @@ class DXAttentionEntropyScaling(io.ComfyNode):
         if isinstance(network, UNetModel):
             patched.set_model_attn1_patch(scaling.query)
         else:
-            patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, scaling.forward)
+            wrap_network(patched, KEY, scaling.forward)
         return io.NodeOutput(patched)
 
 

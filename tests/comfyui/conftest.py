@@ -118,6 +118,29 @@ def tiny_pipe(comfy, tiny_models):
     return load
 
 
+@pytest.fixture
+def sd3_twins(comfy, tiny_model):
+    """A Stable Diffusion 3 trained at 8 x 8 latents, of random weights, in ComfyUI and in diffusers.
+
+    MODEL, the transformer of diffusers, two conditionings, and a list that fills with every call of ComfyUI's network:
+    latents, timesteps, text, pooled text, output.
+    """
+    # ComfyUI takes heads of 64 channels, as many as blocks.
+    sizes = {"attention_head_dim": 64, "caption_projection_dim": 128, "in_channels": 16, "out_channels": 16}
+    theirs = tiny_model("sd3", layers=2, size=8, text=32, **sizes)
+    load = importlib.import_module("comfy.sd").load_diffusion_model_state_dict
+    weights = {name: weight.clone() for name, weight in theirs.state_dict().items()}  # changed in place
+    model, calls = load(weights, {"dtype": torch.float32}), []
+
+    def note(_, args, kwargs, out):
+        calls.append([t.clone() for t in (*args[:2], kwargs["context"], kwargs["y"], out)])
+
+    model.model.diffusion_model.register_forward_hook(note, with_kwargs=True)
+    generator = torch.Generator().manual_seed(0)
+    texts, pooled = torch.randn(2, 1, 7, 32, generator=generator), torch.randn(2, 1, 32, generator=generator)
+    return model, theirs, [[[text, {"pooled_output": y}]] for text, y in zip(texts, pooled)], calls
+
+
 def _link_tiny_models(models: Path) -> None:
     for file in TINY_MODELS.glob("*/*.safetensors"):
         (models / file.parent.name).mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,24 @@ def test_parity_with_diffusers_on_flux(sample, patch):
     assert figures["calls"] == 10 and figures["pixels_from_the_step_before"] > 0
 
 
+def test_parity_with_diffusers_on_sd3(comfy, sd3_twins, patch):
+    """Whose network asks no wrappers in ComfyUI, and has the positions of the picture's middle."""
+    model, theirs, conds, calls = sd3_twins
+    latent = {"samples": torch.zeros(1, 16, 16, 12)}
+    comfy.nodes.common_ksampler(patch(model, seed=5), 0, 10, 3.0, "euler", "normal", *conds, latent)
+    config = SeamlessTilingConfig(tile_size=8, overlap=4, seed=5, num_inference_steps=10)
+    text, pooled = calls[0][2:4]
+    with torch.no_grad():
+        plain = theirs(calls[-1][0], text, pooled, calls[-1][1]).sample
+        with diffusers_ext.apply(theirs, config) as handle:
+            for x, t, _, _, out in calls:
+                torch.testing.assert_close(theirs(x, text, pooled, t).sample, out, atol=1e-4, rtol=0)
+            figures = handle.summary()["any-size-diffusion"]
+    assert figures["calls"] == len(calls) == 10 and figures["pixels_from_the_step_before"] > 0
+    assert not torch.allclose(calls[-1][-1], plain, atol=1e-2)
+    assert "forward" not in vars(model.model.diffusion_model)
+
+
 @pytest.mark.parametrize("name", ["shapes-unet", "shapes-dit"])
 def test_one_tile_is_exact_and_more_are_not(sample, patch, name):
     assert torch.equal(sample(patch, (16, 16), name=name)[0], sample(size=(16, 16), name=name)[0])

@@ -97,6 +97,19 @@ def test_transformer_parity_with_diffusers(sample, patch, native_pipe):
     assert not torch.allclose(calls[0][-1], plain[0][-1], atol=1e-3)
 
 
+def test_parity_with_diffusers_on_sd3(comfy, sd3_twins, patch):
+    """Whose network asks no wrappers in ComfyUI."""
+    model, theirs, conds, calls = sd3_twins
+    latent = {"samples": torch.zeros(1, 16, 16, 12)}
+    comfy.nodes.common_ksampler(patch(model), 0, 3, 3.0, "euler", "normal", *conds, latent)
+    with torch.no_grad():
+        plain = theirs(*calls[-1][:1], *calls[-1][2:4], calls[-1][1]).sample
+        with diffusers_ext.apply(theirs, AttentionEntropyScalingConfig()):
+            for x, t, text, pooled, out in calls:
+                torch.testing.assert_close(theirs(x, text, pooled, t).sample, out, atol=1e-4, rtol=0)
+    assert len(calls) == 3 and not torch.allclose(calls[-1][-1], plain, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["shapes-unet", "shapes-dit"])
 def test_nothing_changes_at_the_trained_size_or_strength_zero(sample, patch, name):
     assert torch.equal(sample(name, patch, size=16)[0], sample(name, size=16)[0])
