@@ -162,7 +162,7 @@ def shares(method: Callable[[], Any], plain: Callable[[], Any], kinds: Sequence[
 def timed(denoiser: Denoiser, turned_on: TurnedOn, kinds: Sequence[str]) -> dict[str, float]:
     """`shares` of the first steps of a run of `SHORT` steps, and of which kinds these are."""
     twin = denoiser.twin()
-    plain = twin.steps(SHORT)
+    plain = twin.steps(len(kinds) + 1)  # one of them warms up
     with turned_on(denoiser.pipe):
         return shares(denoiser.steps(SHORT), plain, kinds)
 

@@ -6,6 +6,7 @@ and the plain alternative to all of them: fewer steps.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 
 import diffusers_ext
+from benchmarks.bac import UPDATES
 from benchmarks.cache import FORECAST, INTERVALS, Setting, dbcache, helper, own_settings
-from diffusers_ext import zoo
+from diffusers_ext import BACStatistics, measure_bac, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import list_methods
 
@@ -27,7 +29,7 @@ STEPS = {"shapes-unet": 30, "shapes-dit": 20}
 FEWER = {"shapes-unet": (24, 18, 12, 9, 6), "shapes-dit": (16, 12, 9, 6)}
 OURS, DIFFUSERS, NOTHING = "diffusers-ext", "diffusers", "-"
 PICTURES, TIMED_PICTURES, PAIRS = 8, 4, 3
-# Captions on which MagCache is calibrated, none of those that are measured.
+# Captions on which MagCache and BAC are calibrated, none of those that are measured.
 CALIBRATION, CALIBRATION_START = 4, 1000
 COLUMNS = ["Model", "Library", "Setting", "MACs", "Time", "PSNR to the full run", "Judge: all attributes"]
 
@@ -98,6 +100,35 @@ class _MagCache:
         return torch.tensor(ratios).mean(0).tolist()
 
 
+class _CalibratedBAC:
+    """BAC with steps that it chooses on this model, number of steps and guidance, before its first use.
+
+    Args:
+        steps: Of every run.
+    """
+
+    def __init__(self, steps: int):
+        self.steps, self.statistics = steps, None
+
+    def settings(self) -> Iterator[tuple[str, str, Setting]]:
+        """Three strengths, repeated and forecast."""
+        for order, ending in enumerate(("", FORECAST)):
+            for updates in UPDATES:
+                turned_on = functools.partial(self._turned_on, updates=updates, order=order)
+                yield OURS, "bac, calibrated" + ending, Setting(f"M = {updates}", turned_on)
+
+    def _turned_on(self, pipe: Any, updates: int, order: int) -> AbstractContextManager:
+        self.statistics = self.statistics or self._measured(pipe)
+        return diffusers_ext.apply(pipe, replace(self.statistics.config(updates), forecast_order=order))
+
+    def _measured(self, pipe: Any) -> BACStatistics:
+        def draw(seed: int) -> None:
+            captions = zoo.held_out(1, start=seed).captions
+            zoo.generate(pipe, captions, num_inference_steps=self.steps, seed=seed)
+
+        return measure_bac(pipe, draw, CALIBRATION, calibration_seed=CALIBRATION_START, progress=False)
+
+
 def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
     """(library, method, setting) of all caches that run on a shipped model."""
     target = "unet" if name == "shapes-unet" else "mmdit"
@@ -113,6 +144,7 @@ def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
             merged = Setting(f"{ratio:.0%} of the tokens", lambda pipe, r=ratio: _merged_tokens(pipe, r))
             yield "tomesd", "token merging", merged
         return
+    yield from _CalibratedBAC(STEPS[name]).settings()
     for method, configs in _upstream().items():
         for config in configs:
             dial = getattr(config, "threshold", None) or getattr(config, "cache_interval", None)
@@ -236,7 +268,7 @@ def bench(out_dir: Path, pictures: int = PICTURES, models: tuple[str, ...] = tup
         f"{' '.join(_verdict(name, points) for name, points in panels.items())}\n\n{pictures} held-out captions, "
         f"guidance 3; DDIM with {STEPS['shapes-unet']} steps, Euler with {STEPS['shapes-dit']}. MACs and time are "
         f"shares of the full run, of whole pipeline calls with {TIMED_PICTURES} pictures; time is processor time, the "
-        "median of interleaved pairs with their smallest and largest. MagCache was calibrated on "
-        f"{CALIBRATION} other captions."
+        "median of interleaved pairs with their smallest and largest. MagCache and BAC, where it says so, were "
+        f"calibrated on {CALIBRATION} other captions."
     )
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": plot(panels, out_dir / "frontier.png")}

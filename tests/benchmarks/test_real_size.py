@@ -63,13 +63,15 @@ def test_papers_gains_in_operations():
     assert _gain(unet, FasterDiffusionConfig(key_steps=2), (keys, 50 - keys)) > 1.354
 
 
-def test_timed_steps_run_beside_a_twin_with_the_same_weights():
+@pytest.mark.parametrize("kinds", [cache.BOTH, cache.WITH_FORECAST])
+def test_timed_steps_run_beside_a_twin_with_the_same_weights(kinds):
     denoiser = real.pixart("cpu", **SMALL)
     twin = denoiser.twin()
     pairs = list(zip(denoiser.network.parameters(), twin.network.parameters(), strict=True))
     assert twin.network is not denoiser.network and all(ours is theirs for ours, theirs in pairs)
-    times = real.timed(denoiser, lambda pipe: diffusers_ext.apply(pipe, DeltaDiTConfig(2)), cache.BOTH)
-    assert set(times) == {real.FULL, real.CHEAP} and all(share > 0 for share in times.values())
+    config = DeltaDiTConfig(2, forecast_order=1)
+    times = real.timed(denoiser, lambda pipe: diffusers_ext.apply(pipe, config), kinds)
+    assert set(times) == {*kinds} >= {real.FULL, real.CHEAP} and all(share > 0 for share in times.values())
     assert not hasattr(denoiser.network, "_diffusers_hook")
 
 
