@@ -44,13 +44,11 @@ def standing_in(forwards: Iterable[tuple[torch.nn.Module, Callable]]) -> Iterato
 
 
 def wrap_network(patched: Any, key: str, wrapper: Callable) -> None:
-    """Put `wrapper` around every call of a MODEL's network, in place of the one of this key.
+    """Put `wrapper` around every call of a MODEL's network.
 
     Some networks of ComfyUI ask no DIFFUSION_MODEL wrappers, Stable Diffusion 3 for one: there it stands in front of
     their forward, for as long as APPLY_MODEL runs.
     """
-    for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
-        patched.remove_wrappers_with_key(kind, key)
     if _asks_wrappers(patched.model.diffusion_model):
         patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
     else:

@@ -190,7 +190,8 @@ class DXSeamlessTiledDiffusion(io.ComfyNode):
         places = {"offset_mode": offset_mode, "overlap": step, "offset_stride": step}
         resets = {"random_reset_step": random_reset_step or None, "cover_on_reset": cover_on_reset}
         tiling, patched = SeamlessTiling(SeamlessTilingConfig(side, **places, **resets, **options)), model.clone()
-        patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
+            patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, tiling.sample)
         wrap_network(patched, KEY, tiling.forward)
         return io.NodeOutput(patched)

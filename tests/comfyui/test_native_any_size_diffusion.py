@@ -86,7 +86,8 @@ def test_parity_with_diffusers_on_sd3(comfy, sd3_twins, patch):
     """Whose network asks no wrappers in ComfyUI, and has the positions of the picture's middle."""
     model, theirs, conds, calls = sd3_twins
     latent = {"samples": torch.zeros(1, 16, 16, 12)}
-    comfy.nodes.common_ksampler(patch(model, seed=5), 0, 10, 3.0, "euler", "normal", *conds, latent)
+    patched = patch(patch(model, 128), seed=5)  # the second replaces the first
+    comfy.nodes.common_ksampler(patched, 0, 10, 3.0, "euler", "normal", *conds, latent)
     config = SeamlessTilingConfig(tile_size=8, overlap=4, seed=5, num_inference_steps=10)
     text, pooled = calls[0][2:4]
     with torch.no_grad():
