@@ -103,6 +103,9 @@ class ScaledQueries(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        # As a function it breaks compiled graphs of torch 2.13, and the mode would meet each part of one again.
+        if func is torch.Tensor.unflatten:
+            return args[0].unflatten(*args[1:], **kwargs)
         if func is F.scaled_dot_product_attention:
             args, kwargs = self._scaled(args, kwargs, 0, ("query", "key"), -2)
         elif func is torch.baddbmm:  # logits of the processors that write the softmax out
