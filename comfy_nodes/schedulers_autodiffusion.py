@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Sequence
 
 import comfy.model_management
 import comfy.sample
@@ -20,6 +19,7 @@ from comfy_api.latest import io
 
 from ._files import SavedFiles, check_name
 from ._inputs import name_input, seed_input
+from ._runs import standing_in
 
 
 SCHEDULE = io.Custom("DX_SEARCHED_SCHEDULE")
@@ -83,26 +83,13 @@ class BlockSkip:
 
         options = next(v for v in (*args, *kwargs.values()) if isinstance(v, dict) and "sigmas" in v)
         row = nearest(float(options["sigmas"].max()), self.sigmas, 5e-4)
-        with _handing_through([self.blocks[name] for name in (self.rows[row] if row is not None else ())]):
+        skipped = [self.blocks[name] for name in (self.rows[row] if row is not None else ())]
+        with standing_in((block, functools.partial(_first_inputs, count)) for block, count in skipped):
             return executor(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _handing_through(blocks: Sequence[tuple[torch.nn.Module, int]]):
-    """For the length of one call of the model these blocks return their input."""
-    before = [(block, block.__dict__.get("forward")) for block, _ in blocks]
-    try:
-        for block, count in blocks:
-            block.forward = functools.partial(_first_inputs, count)
-        yield
-    finally:
-        for block, forward in before:
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
-
-
 def _first_inputs(count: int, *args, **kwargs):
+    """In place of a block: its input."""
     values = (*args, *kwargs.values())
     return values[0] if count == 1 else values[:count]
 
