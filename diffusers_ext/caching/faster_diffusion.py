@@ -337,8 +337,8 @@ class FasterDiffusionConfig(MethodConfig):
         num_inference_steps: Steps of the run, where a model is used without a pipeline that knows.
         forecast_order: What the decoder gets between key steps: 0 (default), the features of the last one, as in the
             paper; 1 or 2, their forecast, the line or parabola through the last two or three key steps. For samplers
-            that add no noise, and key steps at equal distances, this stays much closer to the run without the method
-            at the same cost, but for memory. Needs `max_parallel=1`.
+            that add no noise, and key steps close to each other, this stays much closer to the run without the
+            method at the same cost, but for memory. Needs `max_parallel=1`.
 
     Raises:
         ValueError: Values out of range; on `apply`, a model without an encoder and a decoder, or a two-stage scheduler
