@@ -223,7 +223,7 @@ def plot(panels: dict[str, list[Point]], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), dpi=110, squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8 * len(panels), 4.8), dpi=110, squeeze=False)
     for panel, (name, points) in zip(axes[0], panels.items()):
         families = dict.fromkeys((p.library, p.method) for p in points)
         for place, family in enumerate(families):
@@ -235,7 +235,7 @@ def plot(panels: dict[str, list[Point]], path: Path) -> Path:
         panel.plot(*zip(*((p.time.ratio, p.psnr) for p in frontier(points))), color="0.6", lw=1, zorder=0)
         panel.set(xlabel="share of the full run's time", ylabel="PSNR to the full run, dB", title=name)
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=7)
+        panel.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
