@@ -273,7 +273,8 @@ class BACConfig(MethodConfig):
         origin: What the schedule was calibrated with, for the file and for warnings.
         forecast_order: What a sub-block gives in between: 0 (default), the output of its last update, as in the paper;
             1 or 2, its forecast, the line or parabola through its last two or three updates. For samplers that add no
-            noise, 1 stays closer to the run without a cache at nearly the same cost, but for memory.
+            noise, and updates at equal distances, 1 stays closer to the run without a cache at nearly the same cost,
+            but for memory.
 
     Raises:
         ValueError: Values out of range; on `apply`, a UNet, a model without such sub-blocks or with others than the
