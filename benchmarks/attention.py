@@ -30,6 +30,8 @@ COLUMNS = [
 SIZES = (32, 48, 96, 128)
 STRENGTHS = (0.0, 0.5, 1.0)
 PICTURES, STEPS, TRAINED = 24, 20, 64
+# Four times the trained side costs too much for more than a look.
+LARGEST, FEW = 256, 4
 
 
 def bench(record: MethodRecord, out_dir: Path) -> dict[str, Any]:
@@ -48,13 +50,14 @@ def recorded_entropies(pipe: Any) -> Iterator[list[float]]:
             found.append(torch.special.entr(weights).sum(-1).mean().item())
         return weights
 
+    before = pipe.unet.attn_processors
     pipe.unet.set_attn_processor(AttnProcessor())
     Attention.get_attention_scores = note
     try:
         yield found
     finally:
         Attention.get_attention_scores = original
-        pipe.unet.set_default_attn_processor()
+        pipe.unet.set_attn_processor(before)
 
 
 def entropies(pipe: Any, size: int, strength: float) -> torch.Tensor:
@@ -90,8 +93,12 @@ def _repeated(images: torch.Tensor, scenes: Any) -> float:
     return (count_objects(images[plain]) > asked[plain]).float().mean().item()
 
 
+def _name(strength: float) -> str:
+    return f"strength {strength:g}" if strength else "off"
+
+
 def entropy_scaling(out_dir: Path) -> dict[str, Any]:
-    """Sizes from half to twice the trained one, without, at half and at full strength."""
+    """Sizes from half to twice the trained one, without, at half and at full strength, and a look at four times."""
     pipe, scenes, judge = zoo.load("shapes-unet"), zoo.held_out(PICTURES), zoo.load_judge()
     trained, rows, pictures = entropies(pipe, TRAINED, 0.0), [], {}
     for size in SIZES:
@@ -100,10 +107,14 @@ def entropy_scaling(out_dir: Path) -> dict[str, Any]:
                 images = zoo.generate(pipe, scenes.captions, num_inference_steps=STEPS, height=size, width=size)
             read = judge.accuracy(F.interpolate(images, (TRAINED, TRAINED), mode="area"), scenes.specs)
             off = (entropies(pipe, size, strength) - trained).abs().mean()
-            name = f"strength {strength:g}" if strength else "off"
+            name = _name(strength)
             shares = (read["all"], read["shape1"], _repeated(images, scenes))
             rows.append([f"{size} x {size}", name, f"{off:.3f}", *(f"{share:.1%}" for share in shares)])
             pictures[f"{size}, {name}"] = images
+    for strength in STRENGTHS:
+        with diffusers_ext.apply(pipe, AttentionEntropyScalingConfig(strength=strength)):
+            few = zoo.generate(pipe, scenes.captions[:FEW], num_inference_steps=STEPS, height=LARGEST, width=LARGEST)
+        pictures[f"{LARGEST}, {_name(strength)}"] = few
     config = AttentionEntropyScalingConfig()
 
     def plain() -> None:
@@ -120,5 +131,5 @@ def entropy_scaling(out_dir: Path) -> dict[str, Any]:
         "the trained size; objects are counted on plain grounds. Time of a run with the method over one without: "
         f"{cost}."
     )
-    shown = {name: p for name, p in pictures.items() if name.split(",")[0] in ("32", "128")}
+    shown = {name: p for name, p in pictures.items() if name.split(",")[0] in ("32", "128", str(LARGEST))}
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": picture_grid(shown, out_dir / "grid.png")}
