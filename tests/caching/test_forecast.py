@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
 import diffusers_ext
 from diffusers_ext import (
@@ -134,3 +134,19 @@ def test_a_line_is_closer_at_the_same_cost(pipes, name, config, gain):
             closeness.append(mean_psnr(draw(), reference))
             saved.append(next(iter(handle.summary().values()))["macs_saved"])
     assert closeness[1] > closeness[0] + gain and saved[1] == saved[0] > 0
+
+
+def test_noise_has_no_trend():
+    """Samplers that add noise gain nothing, which is why repeating is the default."""
+    pipe, captions = zoo.load("shapes-unet"), zoo.held_out(3).captions
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+
+    def draw():
+        torch.manual_seed(0)
+        return zoo.generate(pipe, captions, num_inference_steps=20)
+
+    reference, closeness = draw(), []
+    for order in (0, 1):
+        with diffusers_ext.apply(pipe, DeepCacheConfig(3, forecast_order=order)):
+            closeness.append(mean_psnr(draw(), reference))
+    assert torch.equal(draw(), reference) and abs(closeness[1] - closeness[0]) < 2
