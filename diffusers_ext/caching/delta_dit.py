@@ -144,12 +144,13 @@ class Plan:
     """The schedule of one run on one model: pure arithmetic, shared by every door.
 
     Args:
-        interval: N, every N-th call runs in full.
+        interval: N, every N-th call runs in full, counted from the last step before `start_step`.
         bounds: First block and end of each span by name.
         boundary: Step with which the second stage begins.
         order: Span of the first stage, then of the second.
         store: Whether a full step before the boundary also keeps what the second stage needs.
         forecast_order: Of the forecast from full steps.
+        start_step: First step that may be reused.
     """
 
     interval: int
@@ -158,6 +159,7 @@ class Plan:
     order: str
     store: str
     forecast_order: int = 0
+    start_step: int = 1
 
     def call(self, store: Store, calls: int, step: int) -> Call:
         """What to do with a call.
@@ -168,7 +170,9 @@ class Plan:
             step: Step of the run.
         """
         span = span_name(step, self.boundary, self.order)
-        if calls % self.interval and span in store.deltas:
+        # Every kind of call happens once per step; one that first happened late has no warm-up.
+        since = min(calls, step - self.start_step + 1)
+        if since > 0 and since % self.interval and span in store.deltas:
             return Call(self.bounds, span, (), {span: store.deltas[span].at(calls)}, calls)
         return Call(self.bounds, None, self._needed(step), {}, calls)
 
@@ -179,11 +183,15 @@ class Plan:
             store.deltas[name].add(call.index, delta)
 
     def _needed(self, step: int) -> tuple[str, ...]:
-        """Spans whose delta a full step keeps: of its own stage, or of all steps that will look back at it."""
-        if self.interval == 1:
+        """Spans whose delta a full step keeps: of its own stage, or of all steps that will look back at it.
+
+        In the warm-up that is what its last step keeps, if as many as the forecast reaches back come before it.
+        """
+        last = max(step, self.start_step - 1)
+        intervals = 1 + self.forecast_order - (last - step)  # that look back at this step
+        if self.interval == 1 or intervals < 1:
             return ()
-        reach = self.interval * (1 + self.forecast_order)
-        steps = [step] if self.store == "active" else range(step + 1, step + reach)
+        steps = [last] if self.store == "active" else range(last + 1, last + self.interval * intervals)
         return tuple(dict.fromkeys(span_name(i, self.boundary, self.order) for i in steps))
 
 
@@ -351,6 +359,8 @@ class DeltaDiTConfig(MethodConfig):
         forecast_order: What is added: 0 (default), the change of the last full step, as in the paper; 1 or 2, its
             forecast, the line or parabola through those of the last two or three full steps. For samplers that add
             no noise, 1 stays closer to the run without a cache at the same cost, but for memory.
+        start_step: First step that may be reused, from 1. Default 1, as in the paper; steps before it are computed in
+            full, the last of them begins the first interval. A later start saves less and stays closer.
 
     Raises:
         ValueError: Values out of range; on `apply`, a model without a list of blocks or with too few of them.
@@ -377,6 +387,7 @@ class DeltaDiTConfig(MethodConfig):
     store: str = "both"
     num_inference_steps: int | None = None
     forecast_order: int = 0
+    start_step: int = 1
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -393,6 +404,8 @@ class DeltaDiTConfig(MethodConfig):
             raise ValueError(f"span_order is {self.span_order!r}; accepted: {', '.join(map(repr, _ORDERS))}")
         if self.store not in _STORES:
             raise ValueError(f"store is {self.store!r}; accepted: {', '.join(map(repr, _STORES))}")
+        if self.start_step < 1:
+            raise ValueError(f"start_step is {self.start_step}; accepted: whole numbers from 1")
         if self.num_inference_steps is not None:
             self._refuse_late_boundary(self.num_inference_steps)
 
@@ -407,7 +420,9 @@ class DeltaDiTConfig(MethodConfig):
             )
         bounds = {name: span_bounds(name, blocks, cached) for name in self.span_order.split("_then_")}
         boundary = self._boundary(steps)
-        return Plan(self.cache_interval, bounds, boundary, self.span_order, self.store, self.forecast_order)
+        return Plan(
+            self.cache_interval, bounds, boundary, self.span_order, self.store, self.forecast_order, self.start_step
+        )
 
     def _boundary(self, steps: int | None) -> int:
         if self.boundary_step is not None:
@@ -434,8 +449,9 @@ class DeltaDiTConfig(MethodConfig):
         refuse_other_caches(model)
         if steps is not None:
             self._refuse_late_boundary(steps)
-            if self.cache_interval == 1 or steps < 2:
-                return (f"delta-dit: none of {steps} steps can be reused; use more steps or a larger cache_interval",)
+            if self.cache_interval == 1 or steps <= self.start_step:
+                cure = "use more steps, a larger cache_interval or a smaller start_step"
+                return (f"delta-dit: none of {steps} steps can be reused; {cure}",)
         return ()
 
     def attach(self, target: Any) -> Attachment:

@@ -5,13 +5,23 @@ That it never goes stale is tested for every cache in `tests/common/test_cache_m
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+from diffusers.hooks import FirstBlockCacheConfig
 
 import diffusers_ext
 from diffusers_ext import DeltaDiTConfig, zoo
@@ -100,22 +110,28 @@ def by_the_paper(model, full, spans, recall):
 
 
 @pytest.mark.parametrize(
-    "interval, cached, boundary, store, full, order",
+    "interval, cached, boundary, store, full, order, start",
     [
-        (2, 6, 5, "both", {0, 2, 4, 6, 8}, 0),
-        (3, 3, 4, "both", {0, 3, 6, 9}, 0),
-        (3, 3, 4, "active", {0, 3, 4, 6, 9}, 0),
-        (4, 7, 0, "both", {0, 4, 8}, 0),
-        (2, 6, 5, "both", {0, 2, 4, 6, 8}, 1),
-        (3, 3, 4, "both", {0, 3, 6, 9}, 2),
+        (2, 6, 5, "both", {0, 2, 4, 6, 8}, 0, 1),
+        (3, 3, 4, "both", {0, 3, 6, 9}, 0, 1),
+        (3, 3, 4, "active", {0, 3, 4, 6, 9}, 0, 1),
+        (4, 7, 0, "both", {0, 4, 8}, 0, 1),
+        (2, 6, 5, "both", {0, 2, 4, 6, 8}, 1, 1),
+        (3, 3, 4, "both", {0, 3, 6, 9}, 2, 1),
+        (3, 6, 5, "both", {0, 1, 2, 3, 6, 9}, 0, 4),
+        (3, 6, 5, "both", {0, 1, 2, 3, 6, 9}, 1, 4),
+        (2, 3, 3, "both", {0, 1, 2, 3, 5, 7, 9}, 2, 4),
+        (3, 3, 4, "active", {0, 1, 2, 4, 5, 8}, 0, 3),
     ],
 )
-def test_equals_the_algorithm_written_out(interval, cached, boundary, store, full, order, continue_history):
+def test_equals_the_algorithm_written_out(interval, cached, boundary, store, full, order, start, continue_history):
     model = make_dit()
     spans = [(8 - cached, 8) if i < boundary else (0, cached) for i in range(10)]
     recall = functools.partial(continue_history, order=order)
     expected = denoise(model, 10, by_the_paper(model, full, spans, recall))
-    config = DeltaDiTConfig(interval, cached, boundary_step=boundary, store=store, forecast_order=order)
+    config = DeltaDiTConfig(
+        interval, cached, boundary_step=boundary, store=store, forecast_order=order, start_step=start
+    )
     with diffusers_ext.apply(model, config) as handle:
         actual = denoise(model, 10)
         figures = handle.summary()["delta-dit"]
@@ -225,6 +241,102 @@ def test_only_what_will_be_used_is_kept():
     assert kept(0, 2, "both", 1) == ("rear",) and kept(2, 2, "both", 1) == ("rear", "front")
 
 
+# ---- the warm-up
+
+
+def simulated(config, steps):
+    """(step, reused span or None, spans recorded by a full step, full steps that a reused one looks at) of a run."""
+    plan, store = config.plan(8, steps), Store()
+    for step in range(steps):
+        call = plan.call(store, step, step)
+        looked_at = [s for s, _ in store.deltas[call.reused].kept] if call.reused else []
+        yield step, call.reused, call.recorded, looked_at
+        if call.reused is None:
+            call.deltas = {name: (torch.zeros(1),) for name in call.recorded}
+            plan.keep(store, call)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 6, 11])
+@pytest.mark.parametrize("interval", [1, 2, 3, 5])
+def test_schedule_with_a_warm_up(start, interval):
+    """Full steps, what the others look back at, and that nothing else is kept: all boundaries, orders and stores."""
+    steps = 30
+    cycle = {i for i in range(steps) if i < start or (i - (start - 1)) % interval == 0}
+    for boundary, order, store in itertools.product(range(14), (0, 1, 2), ("both", "active")):
+        config = DeltaDiTConfig(interval, 5, boundary_step=boundary, store=store, forecast_order=order)
+        run = list(simulated(dataclasses.replace(config, start_step=start), steps))
+        full = [step for step, reused, *_ in run if reused is None]
+        late = {boundary} if store == "active" and boundary >= start else set()
+        assert set(full) == cycle | late
+        names = {step: "rear" if step < boundary else "front" for step in range(steps)}
+        assert all(reused in (None, names[step]) for step, reused, *_ in run)
+        used = {(s, reused) for *_, reused, _, looked_at in run for s in looked_at}
+        recorded = {(step, name) for step, _, spans, _ in run for name in spans}
+        if store == "both":
+            expected = {step: [s for s in full if s < step][-order - 1 :] for step in range(steps) if step not in full}
+            assert {step: looked_at for step, reused, _, looked_at in run if reused} == expected
+            settled = steps - interval * (order + 1)
+            assert {(s, n) for s, n in recorded if s < settled} == {(s, n) for s, n in used if s < settled}
+        else:
+            assert all(len(spans) <= 1 for *_, spans, _ in run)
+            assert all(s >= start - 1 - order for s, _ in recorded)
+
+
+@pytest.mark.parametrize("start", [1, 2, 4])
+def test_two_calls_per_step_warm_up_together(count_runs, start):
+    """Heun: every timestep but the first and last is seen twice, so the second kind of call begins one step late."""
+    model, full = make_dit(), {}
+    labels = torch.tensor([1, 7])
+
+    def predict(x, t):
+        def call():
+            predict.out = model(x, timestep=t.expand(2), class_labels=labels, return_dict=False)[0]
+
+        ran = count_runs(call, last=model.transformer_blocks[-1].attn1)["last"]
+        full.setdefault(t.item(), []).append(ran == 1)
+        return predict.out
+
+    with diffusers_ext.apply(model, DeltaDiTConfig(2, 6, span_order="rear", start_step=start)):
+        denoise(model, 9, predict, FlowMatchHeunDiscreteScheduler())
+    first, second = ([calls[n] for calls in full.values() if n < len(calls)] for n in (0, 1))
+    assert len(first) == 9 and len(second) == 8
+    assert first == [i < start or (i - (start - 1)) % 2 == 0 for i in range(9)]
+    born = max(1, start - 1)
+    assert second == [i < start or (i - born) % 2 == 0 for i in range(1, 9)]
+
+
+def test_a_run_that_is_all_warm_up_is_exact():
+    model = make_dit()
+    plain, config = denoise(model, 6), DeltaDiTConfig(2, 6, boundary_step=3, start_step=6)
+    assert "none of 6 steps" in diffusers_ext.check(model, config, num_inference_steps=6).warnings[0]
+    assert not diffusers_ext.check(model, config, num_inference_steps=7).warnings
+    with diffusers_ext.apply(model, config) as handle:
+        assert torch.equal(denoise(model, 6), plain)
+        assert handle.summary()["delta-dit"]["computed"] == 6
+        denoise(model, 7)
+        assert handle.summary()["delta-dit"]["reused"] == 1
+
+
+def test_after_a_warm_up_it_beats_diffusers_first_block_cache():
+    """Fewer operations, and at least as close to the pictures without a cache."""
+    pipe, captions = zoo.load("shapes-dit"), zoo.held_out(4).captions
+    ours = DeltaDiTConfig(cache_interval=3, num_cached_blocks=11, forecast_order=1, start_step=6)
+
+    def drawn(config=None):
+        """(operations, pictures)"""
+        images = []
+        with diffusers_ext.apply(pipe, config) if config else contextlib.nullcontext():
+            macs = count_macs(lambda: images.append(zoo.generate(pipe, captions, num_inference_steps=20)))
+        return macs, images[0]
+
+    reference = drawn()[1]
+    (macs, images), (peer_macs, peer_images) = drawn(ours), drawn(FirstBlockCacheConfig(threshold=0.1))
+    assert macs < peer_macs and mean_psnr(images, reference) >= mean_psnr(peer_images, reference)
+
+
+# ---- more of the models
+
+
 def test_layer_skipping_guidance_of_stable_diffusion_3():
     """A call that leaves out the first and last block of the span computes everything it is asked for."""
     from diffusers import SD3Transformer2DModel
@@ -317,6 +429,8 @@ def test_fewer_blocks_are_more_faithful():
         ({"boundary_step": 9, "num_inference_steps": 8}, "accepts 0 to 8"),
         ({"span_order": "middle"}, "'rear_then_front', 'front_then_rear'"),
         ({"store": "none"}, "'both', 'active'"),
+        ({"start_step": 0}, "start_step is 0; accepted: whole numbers from 1"),
+        ({"start_step": 1.5}, "start_step is 1.5; accepted: whole numbers"),
     ],
 )
 def test_bad_values(values, words):
@@ -352,8 +466,6 @@ def test_refuses_models_it_cannot_cut(make_unet):
 
 
 def test_refuses_an_active_upstream_cache():
-    from diffusers.hooks import FirstBlockCacheConfig
-
     pipe = zoo.load("shapes-dit")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="disable_cache"):
@@ -382,5 +494,5 @@ def test_warns_when_no_step_can_be_reused():
 
 
 def test_config_travels_as_json():
-    config = DeltaDiTConfig(3, 5, 0.4, 6, "front_then_rear", "active", 20)
+    config = DeltaDiTConfig(3, 5, 0.4, 6, "front_then_rear", "active", 20, 1, 4)
     assert diffusers_ext.MethodConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

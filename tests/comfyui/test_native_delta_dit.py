@@ -42,16 +42,20 @@ def ksample(comfy, shapes):
     return run
 
 
-@pytest.mark.parametrize("interval, blocks, boundary, order", [(2, 0, 0.5, 0), (3, 10, 0.4, 0), (2, 0, 0.5, 1)])
-def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, blocks, boundary, order):
+@pytest.mark.parametrize(
+    "interval, blocks, boundary, order, start, full",
+    [(2, 0, 0.5, 0, 1, 4), (3, 10, 0.4, 0, 1, 3), (2, 0, 0.5, 1, 1, 4), (3, 11, 0.5, 1, 3, 4)],
+)
+def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, blocks, boundary, order, start, full):
     """Spans here cross from double to single blocks."""
     outer, log = recorded(shapes[0])
-    ksample(patch(outer, interval, blocks, boundary, forecast_order=order))
+    options = {"forecast_order": order, "start_step": start}
+    ksample(patch(outer, interval, blocks, boundary, **options))
     pipe = zoo.load("shapes-dit")
     context, y = log[0][2:4]
     ids = pipe._prepare_latent_image_ids(1, 8, 8, torch.device("cpu"), torch.float32)
     words = torch.zeros(context.shape[1], 3)
-    config = DeltaDiTConfig(interval, blocks or None, boundary, num_inference_steps=STEPS, forecast_order=order)
+    config = DeltaDiTConfig(interval, blocks or None, boundary, num_inference_steps=STEPS, **options)
     with torch.no_grad(), diffusers_ext.apply(pipe.transformer, config) as handle:
         for x, t, seen, *_, out in log:
             assert torch.equal(seen, context)
@@ -60,7 +64,7 @@ def test_parity_with_diffusers(shapes, patch, ksample, recorded, interval, block
             )[0]
             torch.testing.assert_close(tokens, pipe._pack_latents(out, len(x), 4, 16, 16), atol=1e-4, rtol=0)
         figures = handle.summary()["delta-dit"]
-    assert figures["computed"] == -(-STEPS // interval) and figures["reused"] == STEPS - figures["computed"]
+    assert (figures["computed"], figures["reused"]) == (full, STEPS - full)
 
 
 @pytest.fixture
@@ -95,6 +99,8 @@ def test_what_runs(shapes, patch, ksample, executed):
     assert counts == [6] * 4 + [8] * 4 + [6] * 4
     assert executed(model, lambda: ksample(patch(model, 4, 4, 1.0))) == [8] * 8 + [2] * 4
     assert executed(model, lambda: ksample(patch(model, 1))) == [8] * 12
+    assert executed(model, lambda: ksample(patch(model, 2, 4, 1.0, start_step=4))) == [8] * 8 + [6] * 4
+    assert executed(model, lambda: ksample(patch(model, 2, start_step=STEPS))) == [8] * 12
 
 
 def test_interval_one_is_exact_and_the_given_model_is_untouched(shapes, patch, ksample):
