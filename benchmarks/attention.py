@@ -28,7 +28,7 @@ COLUMNS = [
     "More objects than asked",
 ]
 SIZES = (32, 48, 96, 128)
-STRENGTHS = (0.0, 0.5, 1.0)
+STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 PICTURES, STEPS, TRAINED = 24, 20, 64
 # Four times the trained side costs too much for more than a look.
 LARGEST, FEW = 256, 4
@@ -98,7 +98,7 @@ def _name(strength: float) -> str:
 
 
 def entropy_scaling(out_dir: Path) -> dict[str, Any]:
-    """Sizes from half to twice the trained one, without, at half and at full strength, and a look at four times."""
+    """Sizes from half to twice the trained one, without and at three strengths, and a look at four times."""
     pipe, scenes, judge = zoo.load("shapes-unet"), zoo.held_out(PICTURES), zoo.load_judge()
     trained, rows, pictures = entropies(pipe, TRAINED, 0.0), [], {}
     for size in SIZES:
