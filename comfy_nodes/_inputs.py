@@ -11,16 +11,17 @@ def seed_input(tooltip: str, largest: int = 2**63 - 1) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=largest, control_after_generate=fixed, tooltip=tooltip)
 
 
-def forecast_input() -> io.Int.Input:
+def forecast_input(largest: int = 2) -> io.Int.Input:
     """What a cache gives in place of what it does not compute."""
+    three = ", 2 of three" if largest == 2 else ""
     return io.Int.Input(
         "forecast_order",
         default=0,
         min=0,
-        max=2,
+        max=largest,
         optional=True,
         tooltip="What stands in for what is not computed: 0 repeats the last full step; 1 continues the trend of the "
-        "last two, 2 of three. 1 is much closer with samplers that add no noise; leave 0 for ancestral and SDE ones.",
+        f"last two{three}. 1 is much closer with samplers that add no noise; leave 0 for ancestral and SDE ones.",
     )
 
 

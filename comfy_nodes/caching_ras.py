@@ -14,6 +14,7 @@ from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+from ._inputs import forecast_input
 from ._runs import run_options
 
 
@@ -57,10 +58,10 @@ class _Run:
         fits = cache.output is not None and x.shape[-2:] == self.size
         keep = plan.keeps(step)
         if not keep:
-            cache.layers, cache.output = {}, None
+            cache.clear()
         patch = self.regions.patch
         tokens = -(-x.shape[-2] // patch) * -(-x.shape[-1] // patch)
-        return Call(cache, self.regions.active(step, len(x)) if fits else None, keep, tokens)
+        return Call(cache, self.regions.active(step, len(x)) if fits else None, keep, tokens, plan.now(step))
 
     def observe(self, x: torch.Tensor, noise: torch.Tensor) -> None:
         """Choose the tokens of the next step."""
@@ -259,16 +260,20 @@ class DXRegionAdaptiveSampling(io.ComfyNode):
                     tooltip="How strongly a place that was left out is preferred next time; from about 2 on, places "
                     "take turns.",
                 ),
+                forecast_input(largest=1),
             ],
             outputs=[io.Model.Output(tooltip="The model with RAS. Works with every sampler node.")],
         )
 
     @classmethod
-    def execute(cls, model, ratio, start_step, end_step, reset_steps, metric, high_ratio, starvation) -> io.NodeOutput:
+    def execute(
+        cls, model, ratio, start_step, end_step, reset_steps, metric, high_ratio, starvation, forecast_order=0
+    ) -> io.NodeOutput:
         from diffusers_ext.caching.ras import RASConfig
 
         places, resets = _Places(model), _steps(reset_steps)
-        config = RASConfig(ratio, start_step, end_step, resets, metric, high_ratio, starvation)
+        options = {"forecast_order": forecast_order}
+        config = RASConfig(ratio, start_step, end_step, resets, metric, high_ratio, starvation, **options)
         cache = RegionAdaptiveSampling(lambda steps: _new_run(config, steps, places.patch), places)
         patched = model.clone()
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, cache.sample), (WrappersMP.APPLY_MODEL, cache.forward)):

