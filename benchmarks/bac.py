@@ -13,7 +13,7 @@ import torch
 import diffusers_ext
 from benchmarks import _real_size as real
 from benchmarks._common import picture_grid
-from benchmarks.cache import COLUMNS, FORECAST, _first_block, real_transformer
+from benchmarks.cache import COLUMNS, FORECAST, first_block, real_transformer
 from diffusers_ext import BACConfig, BACStatistics, measure_bac, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import MethodRecord
@@ -63,7 +63,7 @@ def settings(statistics: BACStatistics) -> dict[str, TurnedOn]:
         forecast = {name + FORECAST: replace(lists[name], forecast_order=1) for name in (one, even)}
         configs.update(lists | forecast)
     ours = {name: lambda pipe, c=config: diffusers_ext.apply(pipe, c) for name, config in configs.items()}
-    peers = {f"diffusers FirstBlockCache, threshold {x}": lambda pipe, x=x: _first_block(pipe, x) for x in (0.1, 0.2)}
+    peers = {f"diffusers FirstBlockCache, threshold {x}": lambda pipe, x=x: first_block(pipe, x) for x in (0.1, 0.2)}
     return {**ours, **peers}
 
 

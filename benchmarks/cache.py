@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -55,10 +54,11 @@ TRANSFORMER_NOTES = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: a name, and a context manager that turns it on for a pipeline."""
+    """One row: a name, a context manager that turns it on for a pipeline, and what sets it off from the paper."""
 
     name: str
     turned_on: Callable[[Any], AbstractContextManager]
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,13 @@ class Size:
 
 def _configs(record: MethodRecord) -> dict[str, Any]:
     """The strengths of a method; where it can, also with its features forecast instead of repeated."""
-    configs = _strengths(record)
-    if "forecast_order" in record.public.__dataclass_fields__:
-        configs |= {name + FORECAST: replace(config, forecast_order=1) for name, config in configs.items()}
-    return configs
+    return _strengths(record) | _forecasts(record)
+
+
+def _forecasts(record: MethodRecord) -> dict[str, Any]:
+    if "forecast_order" not in record.public.__dataclass_fields__:
+        return {}
+    return {name + FORECAST: replace(config, forecast_order=1) for name, config in _strengths(record).items()}
 
 
 def _strengths(record: MethodRecord) -> dict[str, Any]:
@@ -97,13 +100,36 @@ def _strengths(record: MethodRecord) -> dict[str, Any]:
     return {"default": record.public()}
 
 
+def _tuned(record: MethodRecord) -> tuple[str, dict[str, Any]]:
+    """What brings a method closer than its paper's settings do, and such settings; "" where there are none."""
+    if record.slug == "delta-dit":
+        options = ((3, 8, 1), (3, 6, 1), (4, 5, 0), (5, 4, 0))
+        named = {(f"N = {n}, 11 blocks, from step {start}" + FORECAST * o): (n, start, o) for n, start, o in options}
+        return "warm-up", {
+            name: record.public(n, 11, start_step=start, forecast_order=order)
+            for name, (n, start, order) in named.items()
+        }
+    if record.slug == "faster-diffusion":
+        keys = (2, 3, 4)
+        return "parabola", {f"key steps {k}, parabola": record.public(k, forecast_order=2) for k in keys}
+    if record.slug == "ras":
+        options = {"start_step": 6, "error_reset_steps": range(7, 20, 2)}
+        return "warm-up", {
+            "12.5%, from step 6, every other in full" + FORECAST * order: record.public(
+                0.125, forecast_order=order, **options
+            )
+            for order in (0, 1)
+        }
+    return "", {}
+
+
 @contextmanager
-def helper(pipe: Any, interval: int) -> Iterator[None]:
+def helper(pipe: Any, interval: int, branch: int = 0) -> Iterator[None]:
     """The published helper package of DeepCache, the peer."""
     from DeepCache import DeepCacheSDHelper
 
     helper = DeepCacheSDHelper(pipe=pipe)
-    helper.set_params(cache_interval=interval, cache_branch_id=0)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
     helper.enable()
     try:
         yield
@@ -112,7 +138,7 @@ def helper(pipe: Any, interval: int) -> Iterator[None]:
 
 
 @contextmanager
-def _first_block(pipe: Any, threshold: float) -> Iterator[None]:
+def first_block(pipe: Any, threshold: float) -> Iterator[None]:
     """diffusers' own first-block cache, the peer of transformer caches."""
     from diffusers.hooks import FirstBlockCacheConfig
 
@@ -148,7 +174,7 @@ def dbcache(pipe: Any, threshold: float) -> Iterator[None]:
         cache_dit.disable_cache(pipe)
 
 
-PEERS = {"diffusers FirstBlockCache": _first_block, "cache-dit DBCache": dbcache}
+PEERS = {"diffusers FirstBlockCache": first_block, "cache-dit DBCache": dbcache}
 
 
 def as_cheap_as(config: Any, peer: Callable[[Any, float], AbstractContextManager]) -> float:
@@ -169,48 +195,13 @@ def as_cheap_as(config: Any, peer: Callable[[Any, float], AbstractContextManager
     return high / 100
 
 
-@contextmanager
-def _random_tokens(pipe: Any) -> Iterator[None]:
-    """RAS with half of the tokens, drawn afresh at every step."""
-    from diffusers_ext import RASConfig
-    from diffusers_ext.caching import ras_tokens
-
-    scores, generator = ras_tokens.token_scores, torch.Generator().manual_seed(0)
-    ras_tokens.token_scores = lambda *args: torch.rand(scores(*args).shape, generator=generator)
-    try:
-        with diffusers_ext.apply(pipe, RASConfig(0.5, starvation_scale=0.0)):
-            yield
-    finally:
-        ras_tokens.token_scores = scores
-
-
-@contextmanager
-def _every_other_output(pipe: Any) -> Iterator[None]:
-    """The whole output of the step before, on every other of the steps on which RAS leaves out tokens."""
-    from diffusers_ext import RASConfig
-
-    plan, calls, last, original = RASConfig(0.5).plan(20), Counter(), {}, pipe.transformer.forward
-    reused = [step for step in range(20) if plan.skipped(step, 64)][::2]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        kind = kwargs["encoder_hidden_states"].data_ptr()
-        calls[kind] += 1
-        if calls[kind] - 1 not in reused:
-            last[kind] = original(*args, **kwargs)
-        return last[kind]
-
-    pipe.transformer.forward = forward
-    try:
-        yield
-    finally:
-        del pipe.transformer.forward
-
-
 def own_settings(record: MethodRecord) -> list[Setting]:
-    """The settings of a method itself."""
+    """The settings of a method itself: its paper's at three strengths, the same with a forecast, tuned ones."""
+    families = (("", _strengths(record)), ("forecast", _forecasts(record)), _tuned(record))
     return [
-        Setting(name, lambda pipe, config=config: diffusers_ext.apply(pipe, config))
-        for name, config in _configs(record).items()
+        Setting(name, lambda pipe, config=config: diffusers_ext.apply(pipe, config), family)
+        for family, configs in families
+        for name, config in configs.items()
     ]
 
 
@@ -230,11 +221,14 @@ def settings_of(record: MethodRecord) -> list[Setting]:
         config = record.public(span_order="front_then_rear")
         rows.append(Setting("N = 2, front then rear", lambda pipe: diffusers_ext.apply(pipe, config)))
         return [*rows, *_peers_as_cheap_as(record)]
-    if record.slug == "ras":
-        rows += [Setting("50%, at random", _random_tokens), Setting("every other whole output", _every_other_output)]
+    if record.slug == "faster-diffusion":
+        rows += [
+            Setting(f"PyPI DeepCache 0.1.1, N = {n}, branch {b}", lambda pipe, n=n, b=b: helper(pipe, n, b))
+            for n, b in ((2, 0), (2, 3), (2, 4), (3, 6), (2, 6))
+        ]
     if "unet" not in record.targets:
         peer = "diffusers FirstBlockCache"
-        rows += [Setting(f"{peer}, threshold {x}", lambda pipe, x=x: _first_block(pipe, x)) for x in THRESHOLDS]
+        rows += [Setting(f"{peer}, threshold {x}", lambda pipe, x=x: first_block(pipe, x)) for x in THRESHOLDS]
     return rows
 
 
@@ -266,6 +260,16 @@ def _denoise_only(pipe: Any, captions: list[str], steps: int) -> Callable[[], An
     return lambda: zoo.generate(pipe, captions, num_inference_steps=steps)
 
 
+def measured(
+    pipe: Any, setting: Setting, draw: Callable[[], torch.Tensor], short: Callable[[], Any]
+) -> tuple[torch.Tensor, list[str]]:
+    """Pictures that `draw` makes under a setting, and its shares of the operations and time of `short`."""
+    with setting.turned_on(pipe):
+        images = draw()
+    macs = _ratio_of_macs(short, lambda: setting.turned_on(pipe))
+    return images, [f"{macs:.3f}", str(_time_ratio(short, lambda: setting.turned_on(pipe), pairs=3))]
+
+
 def zoo_rows(
     record: MethodRecord, size: Size, pictures: dict[str, torch.Tensor], extra: Sequence[Setting] = ()
 ) -> Iterator[list[Any]]:
@@ -282,15 +286,12 @@ def zoo_rows(
     reference = pictures["uncached"] = draw()
     yield [name, "uncached", "1", "1", "", judged(reference)]
     short = _denoise_only(pipe, list(scenes.captions[: size.timed_pictures]), size.timed_steps)
+    own = {setting.name for setting in own_settings(record)}
     for setting in (*settings_of(record), *extra):
-        with setting.turned_on(pipe):
-            images = draw()
-        if setting.name in _configs(record):
+        images, costs = measured(pipe, setting, draw, short)
+        if setting.name in own:
             pictures[setting.name] = images
-        macs = _ratio_of_macs(short, lambda s=setting: s.turned_on(pipe))
-        timing = _time_ratio(short, lambda s=setting: s.turned_on(pipe), pairs=3)
-        psnr = mean_psnr(images, reference)
-        yield [name, setting.name, f"{macs:.3f}", str(timing), f"{psnr:.2f} dB", judged(images)]
+        yield [name, setting.name, *costs, f"{mean_psnr(images, reference):.2f} dB", judged(images)]
 
 
 def unet_rows(record: MethodRecord, extra: Sequence[Setting] = ()) -> Iterator[list[Any]]:
@@ -345,11 +346,8 @@ def _decoded_in_batches(total: int, times: dict[str, float], decoder: float) -> 
 
 def transformer_rows(record: MethodRecord) -> Iterator[list[Any]]:
     """Transformers of real size: operations of whole runs on the meta device, time of a full and of a cheap step."""
-    configs = _configs(record)
-    if record.slug == "ras":  # down to the strength that the paper's largest gain was made with
-        configs = {f"{ratio:.4g}% of tokens": record.public(sample_ratio=ratio / 100) for ratio in (50, 25, 12.5)}
     for name, steps in TRANSFORMER_STEPS.items():
-        for setting, config in configs.items():
+        for setting, config in _configs(record).items():
             yield [f"{name} size, random weights", setting, *real_transformer(name, config, steps), "", ""]
 
 

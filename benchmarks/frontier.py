@@ -60,11 +60,11 @@ def _merged_tokens(pipe: Any, ratio: float) -> Iterator[None]:
 
 
 def _upstream() -> dict[str, list[Any]]:
-    """Configs of diffusers' caches for transformers, by name; three strengths where they have a dial."""
+    """Configs of diffusers' caches for transformers, by name; at least three strengths where they have a dial."""
     from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
     return {
-        "FirstBlockCache": [FirstBlockCacheConfig(threshold=x) for x in (0.05, 0.1, 0.2)],
+        "FirstBlockCache": [FirstBlockCacheConfig(threshold=x) for x in (0.06, 0.08, 0.1, 0.13, 0.2)],
         "TaylorSeer": [
             TaylorSeerCacheConfig(cache_interval=n, disable_cache_before_step=2, max_order=1) for n in INTERVALS
         ],
@@ -135,8 +135,8 @@ def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
     for record in list_methods(kind="cache"):
         if {target, "any"} & set(record.targets):
             for setting in own_settings(record):
-                strength = setting.name.removesuffix(FORECAST)
-                yield OURS, record.slug + setting.name[len(strength) :], replace(setting, name=strength)
+                ending = f", {setting.family}" if setting.family else ""
+                yield OURS, record.slug + ending, replace(setting, name=setting.name.removesuffix(ending))
     if target == "unet":
         for n in INTERVALS:
             yield "DeepCache (PyPI)", "deepcache", Setting(f"N = {n}", lambda pipe, n=n: helper(pipe, n))
@@ -152,7 +152,7 @@ def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
     mag = _MagCache(STEPS[name])
     for skipped in (1, 2, 3):
         yield DIFFUSERS, "MagCache", Setting(f"K = {skipped}", lambda pipe, k=skipped: mag.turned_on(pipe, k))
-    for threshold in (0.08, 0.12, 0.24):
+    for threshold in (0.06, 0.08, 0.12, 0.24):
         yield "cache-dit", "DBCache", Setting(f"{threshold:g}", lambda pipe, x=threshold: dbcache(pipe, x))
 
 
