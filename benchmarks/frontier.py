@@ -100,7 +100,7 @@ class _MagCache:
         return torch.tensor(ratios).mean(0).tolist()
 
 
-class _CalibratedBAC:
+class CalibratedBAC:
     """BAC with steps that it chooses on this model, number of steps and guidance, before its first use.
 
     Args:
@@ -114,10 +114,11 @@ class _CalibratedBAC:
         """Three strengths, repeated and forecast."""
         for order, ending in enumerate(("", FORECAST)):
             for updates in UPDATES:
-                turned_on = functools.partial(self._turned_on, updates=updates, order=order)
+                turned_on = functools.partial(self.turned_on, updates=updates, order=order)
                 yield OURS, "bac, calibrated" + ending, Setting(f"M = {updates}", turned_on)
 
-    def _turned_on(self, pipe: Any, updates: int, order: int) -> AbstractContextManager:
+    def turned_on(self, pipe: Any, updates: int, order: int) -> AbstractContextManager:
+        """BAC with so many updates on a pipeline."""
         self.statistics = self.statistics or self._measured(pipe)
         return diffusers_ext.apply(pipe, replace(self.statistics.config(updates), forecast_order=order))
 
@@ -144,7 +145,7 @@ def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
             merged = Setting(f"{ratio:.0%} of the tokens", lambda pipe, r=ratio: _merged_tokens(pipe, r))
             yield "tomesd", "token merging", merged
         return
-    yield from _CalibratedBAC(STEPS[name]).settings()
+    yield from CalibratedBAC(STEPS[name]).settings()
     for method, configs in _upstream().items():
         for config in configs:
             dial = getattr(config, "threshold", None) or getattr(config, "cache_interval", None)
