@@ -15,7 +15,7 @@ from diffusers_ext.registry import list_methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import frontier
+from benchmarks import equal_quality, frontier
 from benchmarks.cache import FORECAST
 
 
@@ -66,3 +66,19 @@ def test_every_peer_changes_pictures_and_comes_off(name):
             assert not torch.equal(draw(), plain), key
         assert torch.equal(draw(), plain), key
     assert len(peers) >= 2
+
+
+def test_equal_quality_in_small(tmp_path, monkeypatch):
+    """The first pair of each model, one picture: its figures, and the chart of their times."""
+    pytest.importorskip("DeepCache")
+    first = {name: next(equal_quality._pairs(name)) for name in equal_quality.STEPS}
+    monkeypatch.setattr(equal_quality, "STEPS", {"shapes-unet": 6, "shapes-dit": 10})
+    monkeypatch.setattr(equal_quality, "PICTURES", {64: 1, 128: 1})
+    monkeypatch.setattr(equal_quality, "TIMED_PICTURES", {64: 1, 128: 1})
+    monkeypatch.setattr(equal_quality, "PAIRS", 1)
+    monkeypatch.setattr(equal_quality, "_pairs", lambda name: iter([first[name]]))
+    found = equal_quality.bench(tmp_path)
+    assert all(len(row) == len(found["columns"]) for row in found["rows"])
+    ours, peer = found["rows"][0][2:4], found["rows"][0][5:7]
+    assert ours == peer, "DeepCache and its published helper draw the same pictures with the same operations"
+    assert found["picture"].stat().st_size > 5000
