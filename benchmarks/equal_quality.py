@@ -58,7 +58,7 @@ def _pairs(name: str) -> Iterator[Pair]:
         config = DeltaDiTConfig(interval, 11, start_step=start, forecast_order=order)
         ours = f"delta-dit, N = {interval}, 11 blocks, from step {start}" + FORECAST * order
         yield Pair(ours, config, FBC, threshold)
-    yield Pair("bac, calibrated, M = 10" + FORECAST, 10, FBC, 0.1)
+    yield Pair("bac, calibrated, M = 10" + FORECAST, 10, FBC, 0.11)
     thirds = RASConfig(0.125, start_step=6, error_reset_steps=range(8, 20, 3), forecast_order=1)
     yield Pair("ras, 12.5%, from step 6, every third in full" + FORECAST, thirds, FBC, 0.065, 128)
 
