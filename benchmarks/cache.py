@@ -32,6 +32,8 @@ THRESHOLDS = (0.1, 0.2, 0.4)
 RATIOS = (0.75, 0.5, 0.25)
 FORECAST = ", forecast"
 BATCHED = "50ls"
+# Delta-DiT: interval, first step that may be reused, order of the forecast.
+WARM_UPS = ((3, 8, 1), (3, 6, 1), (4, 5, 0), (5, 4, 0))
 UNET = "SD 1.5 size, random weights"
 TRANSFORMER_STEPS = {"PixArt-alpha": 20, "Stable Diffusion 3": 28}
 BOTH = (real.FULL, real.CHEAP)
@@ -100,14 +102,14 @@ def _strengths(record: MethodRecord) -> dict[str, Any]:
     return {"default": record.public()}
 
 
-def _tuned(record: MethodRecord) -> tuple[str, dict[str, Any]]:
+def tuned(record: MethodRecord) -> tuple[str, dict[str, Any]]:
     """What brings a method closer than its paper's settings do, and such settings; "" where there are none."""
     if record.slug == "delta-dit":
-        options = ((3, 8, 1), (3, 6, 1), (4, 5, 0), (5, 4, 0))
-        named = {(f"N = {n}, 11 blocks, from step {start}" + FORECAST * o): (n, start, o) for n, start, o in options}
         return "warm-up", {
-            name: record.public(n, 11, start_step=start, forecast_order=order)
-            for name, (n, start, order) in named.items()
+            f"N = {n}, 11 blocks, from step {start}" + FORECAST * order: record.public(
+                n, 11, start_step=start, forecast_order=order
+            )
+            for n, start, order in WARM_UPS
         }
     if record.slug == "faster-diffusion":
         keys = (2, 3, 4)
@@ -197,7 +199,7 @@ def as_cheap_as(config: Any, peer: Callable[[Any, float], AbstractContextManager
 
 def own_settings(record: MethodRecord) -> list[Setting]:
     """The settings of a method itself: its paper's at three strengths, the same with a forecast, tuned ones."""
-    families = (("", _strengths(record)), ("forecast", _forecasts(record)), _tuned(record))
+    families = (("", _strengths(record)), ("forecast", _forecasts(record)), tuned(record))
     return [
         Setting(name, lambda pipe, config=config: diffusers_ext.apply(pipe, config), family)
         for family, configs in families

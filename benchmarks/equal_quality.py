@@ -1,7 +1,8 @@
 """Caches against their peers at equal quality: settings that keep pictures as close, timed against each other.
 
-Each pair is a setting of this package and the nearest setting of the strongest peer that is no closer to the pictures
-without a cache. They run in turn, so that the ratio of their times is free of what else the machine does.
+Each pair is a setting of this package and the nearest setting of the published helper of DeepCache, or of diffusers'
+first-block cache, that is no closer to the pictures without a cache. They run in turn, so that the ratio of their times
+is free of what else the machine does.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 import torch
 
 import diffusers_ext
-from benchmarks.cache import FORECAST, first_block, helper
+from benchmarks.cache import FORECAST, first_block, helper, tuned
 from benchmarks.frontier import CalibratedBAC
 from diffusers_ext import (
     DeepCacheConfig,
-    DeltaDiTConfig,
     FasterDiffusionConfig,
     FeatureInheritanceConfig,
     RASConfig,
     zoo,
 )
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
+from diffusers_ext.registry import get_method
 
 
 STEPS = {"shapes-unet": 50, "shapes-dit": 20}
@@ -54,10 +55,9 @@ def _pairs(name: str) -> Iterator[Pair]:
         yield Pair("a-sdm, N = 3" + FORECAST, FeatureInheritanceConfig(interval=3, forecast_order=1), PYPI, (2, 3))
         yield Pair("faster-diffusion, key steps 2, parabola", FasterDiffusionConfig(2, forecast_order=2), PYPI, (3, 6))
         return
-    for interval, start, order, threshold in ((3, 8, 1, 0.08), (3, 6, 1, 0.1), (4, 5, 0, 0.13), (5, 4, 0, 0.19)):
-        config = DeltaDiTConfig(interval, 11, start_step=start, forecast_order=order)
-        ours = f"delta-dit, N = {interval}, 11 blocks, from step {start}" + FORECAST * order
-        yield Pair(ours, config, FBC, threshold)
+    _, warm_ups = tuned(get_method("delta-dit"))
+    for (setting, config), threshold in zip(warm_ups.items(), (0.08, 0.1, 0.13, 0.19)):
+        yield Pair(f"delta-dit, {setting}", config, FBC, threshold)
     yield Pair("bac, calibrated, M = 10" + FORECAST, 10, FBC, 0.11)
     thirds = RASConfig(0.125, start_step=6, error_reset_steps=range(8, 20, 3), forecast_order=1)
     yield Pair("ras, 12.5%, from step 6, every third in full" + FORECAST, thirds, FBC, 0.065, 128)

@@ -272,8 +272,9 @@ class DXRegionAdaptiveSampling(io.ComfyNode):
         from diffusers_ext.caching.ras import RASConfig
 
         places, resets = _Places(model), _steps(reset_steps)
-        options = {"forecast_order": forecast_order}
-        config = RASConfig(ratio, start_step, end_step, resets, metric, high_ratio, starvation, **options)
+        config = RASConfig(
+            ratio, start_step, end_step, resets, metric, high_ratio, starvation, forecast_order=forecast_order
+        )
         cache = RegionAdaptiveSampling(lambda steps: _new_run(config, steps, places.patch), places)
         patched = model.clone()
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, cache.sample), (WrappersMP.APPLY_MODEL, cache.forward)):
