@@ -1,8 +1,8 @@
 """Caches against their peers at equal quality: settings that keep pictures as close, timed against each other.
 
 Each pair is a setting of this package and the nearest setting of the published helper of DeepCache, or of diffusers'
-first-block cache, that is no closer to the pictures without a cache. They run in turn, so that the ratio of their times
-is free of what else the machine does.
+first-block cache, that is no closer to the pictures without a cache. They run in turn, so that the ratio of their
+times is free of what else the machine does.
 """
 
 from __future__ import annotations
