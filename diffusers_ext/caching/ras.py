@@ -49,19 +49,23 @@ _CONTROL = ("block_controlnet_hidden_states", "controlnet_block_samples", "contr
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens come into being and become outputs in a transformer, and which attention layers see all of them."""
+    """Where tokens come into being and become outputs in a transformer, and which attention layers see all of them.
+
+    `text` makes the text tokens that the image tokens share their attention with, if there are any.
+    """
 
     embedder: str
     output: str
     attention: tuple[str, ...]
     image_first: bool = True
+    text: str | None = None
 
 
 LAYOUTS = {
     DiTTransformer2DModel: Layout("pos_embed", "proj_out_2", ("attn1",)),
     PixArtTransformer2DModel: Layout("pos_embed", "proj_out", ("attn1",)),
-    SD3Transformer2DModel: Layout("pos_embed", "proj_out", ("attn", "attn2")),
-    FluxTransformer2DModel: Layout("x_embedder", "proj_out", ("attn",), image_first=False),
+    SD3Transformer2DModel: Layout("pos_embed", "proj_out", ("attn", "attn2"), text="context_embedder"),
+    FluxTransformer2DModel: Layout("x_embedder", "proj_out", ("attn",), image_first=False, text="context_embedder"),
 }
 
 
@@ -82,10 +86,11 @@ def attention_layers(model: torch.nn.Module, layout: Layout) -> list[torch.nn.Mo
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `[M, H, S, D]` by tables `[M, S, D]` whose neighbours are a pair."""
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotary embedding of `[M, H, S, D]` by tables `[M, S, D]` or `[1, S, D]` whose neighbours are a pair."""
+    x = x.transpose(1, 2)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-second, first], -1).flatten(-2)
-    return (x.float() * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+    return (x.float() * cos[:, :, None] + turned.float() * sin[:, :, None]).to(x.dtype).transpose(1, 2)
 
 
 class _WholeKeys(TorchFunctionMode):
@@ -155,6 +160,14 @@ class _EmbedderHook(_Hook):
         return tokens if call is None else call.gather(tokens)
 
 
+class _TextHook(_Hook):
+    """On the module whose output are the text tokens."""
+
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs):
+        text, call = self.fn_ref.original_forward(*args, **kwargs), self.shared.call
+        return text if call is None else call.gather_text(text)
+
+
 class _OutputHook(_Hook):
     """On the module whose output is the noise of each token."""
 
@@ -175,9 +188,10 @@ class _AttentionHook(_Hook):
         if call is None or (call.index is None and not call.keep):
             return self.fn_ref.original_forward(*args, **kwargs)
         _refuse_second_attention(module)
-        rotary = None
-        if call.index is not None and kwargs.get("image_rotary_emb") is not None:
-            rotary, kwargs = _rows(call, kwargs["image_rotary_emb"]), {**kwargs, "image_rotary_emb": None}
+        rotary = kwargs.get("image_rotary_emb")
+        if rotary is not None:
+            # Inside of the mode every function of torch takes longer.
+            rotary, kwargs = _rows(call, rotary), {**kwargs, "image_rotary_emb": None}
         whole = _WholeKeys(call, self.index, self.image_first, rotary)
         with whole:
             output = self.fn_ref.original_forward(*args, **kwargs)
@@ -199,7 +213,9 @@ def _refuse_second_attention(layer: torch.nn.Module) -> None:
 
 
 def _rows(call: Call, tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary tables `[S, D]` of text and image -> `[M, s, D]` of the text and the computed image tokens."""
+    """Rotary tables `[S, D]` of text and image -> those of the computed tokens, `[M, s, D]`, or `[1, S, D]` of all."""
+    if call.index is None:
+        return tables[0][None], tables[1][None]
     if call.rotary is None:
         places, _ = call.places(tables[0].shape[0] - call.tokens, image_first=False)
         call.rotary = tables[0][places], tables[1][places]
@@ -238,7 +254,7 @@ class _RootHook(RunHook[Cache]):
         plan = self.regions.plan
         if not plan.keeps(step):
             cache.clear()
-        self.shared.call = Call(cache, index, plan.keeps(step), self.regions.tokens, plan.now(step))
+        self.shared.call = Call(cache, index, plan.keeps(step), self.regions.tokens, plan.now(step), plan.reuse_text)
 
     def end_call(self) -> None:
         if self.shared.call.index is None:
@@ -265,7 +281,7 @@ class _RootHook(RunHook[Cache]):
         with self.aside():
             for count in (None, *self.reused):
                 index = torch.empty(_batch(*self.arguments), count or 0, dtype=torch.long, device="meta")
-                self.shared.call = Call(cache, index if count else None, True, self.regions.tokens)
+                self.shared.call = Call(cache, index if count else None, True, self.regions.tokens, None, self.config.reuse_text)
                 counts[count] = macs_on_meta(model, self.arguments)
         return counts
 
@@ -380,6 +396,7 @@ class RASConfig(MethodConfig):
     patch_size: int | None = None
     num_inference_steps: int | None = None
     forecast_order: int = 0
+    reuse_text: bool = False
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -413,7 +430,7 @@ class RASConfig(MethodConfig):
             raise ValueError(f"error_reset_steps is {list(resets)}; a run of {steps} steps accepts 0 to {steps - 1}")
         end = steps - 1 if self.end_step is None else min(self.end_step, steps - 1)
         dynamic = (self.skip_num_step, self.skip_num_step_length)
-        return Plan(steps, self.start_step, end, resets, self.sample_ratio, *dynamic, self.forecast_order)
+        return Plan(steps, self.start_step, end, resets, self.sample_ratio, *dynamic, self.forecast_order, self.reuse_text)
 
     def regions(self, steps: int, patch: int) -> Regions:
         """The choice of tokens in a run of `steps` steps on tokens of `patch` x `patch` latent pixels."""
@@ -455,6 +472,8 @@ def _hooks(model: torch.nn.Module, root: _RootHook) -> Iterator[tuple[torch.nn.M
     layout, shared = layout_of(model), root.shared
     yield model, root
     yield getattr(model, layout.embedder), _EmbedderHook(shared)
+    if layout.text:
+        yield getattr(model, layout.text), _TextHook(shared)
     yield getattr(model, layout.output), _OutputHook(shared)
     for index, layer in enumerate(attention_layers(model, layout)):
         yield layer, _AttentionHook(shared, index, layout.image_first)

@@ -65,6 +65,7 @@ class Plan:
         ratio: Share of the tokens that is computed.
         change, every: The dynamic rule: `change` more tokens are left out every `every` steps; 0 keeps the number.
         forecast_order: Of what stands in for tokens that are left out; 0 repeats them.
+        reuse_text: Whether a step that leaves out image tokens leaves out all text tokens too.
     """
 
     steps: int
@@ -75,6 +76,7 @@ class Plan:
     change: int = 0
     every: int = 0
     forecast_order: int = 0
+    reuse_text: bool = False
 
     def skipped(self, step: int, tokens: int) -> int:
         """Tokens left out on a step, out of `tokens`."""
@@ -144,24 +146,19 @@ class Known:
     """Tensors whose first axis are the tokens of all sequences in one list, each as it was last computed.
 
     Args:
-        newest: Of the last step that computed the token.
+        newest: Of the last step that computed the token. They are written to: nobody else may hold them.
         before: Of the one before that; None where nothing is forecast.
     """
 
     newest: tuple[torch.Tensor, ...]
     before: tuple[torch.Tensor, ...] | None = None
 
-    def updated(self, rows: torch.Tensor, new: tuple[torch.Tensor, ...]) -> Known:
-        """With `rows` computed anew."""
-        newest = tuple(old.index_copy(0, rows, value) for old, value in zip(self.newest, new))
-        if self.before is None:
-            return Known(newest)
-        return Known(newest, tuple(b.index_copy(0, rows, n[rows]) for b, n in zip(self.before, self.newest)))
-
-    def detached(self) -> Known:
-        """Without history for gradients."""
-        before = self.before and tuple(tensor.detach() for tensor in self.before)
-        return Known(tuple(tensor.detach() for tensor in self.newest), before)
+    def update(self, rows: torch.Tensor, new: tuple[torch.Tensor, ...]) -> None:
+        """Take in `rows` as computed anew."""
+        for older, old in zip(self.before or (), self.newest):
+            older.index_copy_(0, rows, old[rows])
+        for old, value in zip(self.newest, new):
+            old.index_copy_(0, rows, value.detach())
 
     def at(self, reach: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """On the line through both, per token: 0 is the one before, 1 the newest, 2 as far again."""
@@ -201,6 +198,7 @@ class Call:
         keep: Whether keys, values and outputs are kept.
         tokens: Tokens that the index chooses from. What a model appends to them is always computed.
         now: Step of the run if tokens that are left out are forecast, None if they are repeated.
+        reuse_text: Whether text tokens are left out wherever image tokens are.
     """
 
     cache: Cache
@@ -208,6 +206,7 @@ class Call:
     keep: bool
     tokens: int
     now: torch.Tensor | None = None
+    reuse_text: bool = False
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     _places: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _reach: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -224,27 +223,32 @@ class Call:
         _, rows = self.places(0, True)
         return tokens.flatten(0, 1)[rows].unflatten(0, self.index.shape)
 
+    def gather_text(self, text: torch.Tensor) -> torch.Tensor:
+        """`[M, W, ...]` -> the text tokens that are computed: all or none."""
+        return text[:, :0] if self.index is not None and self.reuse_text else text
+
     def complete(self, tokens: torch.Tensor) -> torch.Tensor:
         """The output of all tokens: those that were computed among what stands in for the others."""
         flat = (tokens.flatten(0, 1),)
         if self.index is None:
             if self.keep:
-                self.cache.output = self._all(self.cache.output, flat)
+                # The scheduler may hold the tokens themselves.
+                self.cache.output = self._all(self.cache.output, (flat[0].clone(),))
             return tokens
         _, rows = self.places(0, True)
-        self.cache.output = known = self.cache.output.updated(rows, flat).detached()
-        (whole,) = self._standing(known, rows)
-        return whole.unflatten(0, (len(self.index), -1))
+        (whole,) = self._standing(self.cache.output, rows, flat)
+        return (whole.clone() if self.now is None else whole).unflatten(0, (len(self.index), -1))
 
     def places(self, words: int, image_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the computed tokens and `words` text tokens are in the whole sequences.
+        """Where the computed tokens are in whole sequences that have `words` text tokens.
 
         Returns:
             Positions in each sequence `[M, s]`, and rows of all sequences in one list `[M * s]`: whole rows are copied
             faster than `gather` and `scatter` copy single numbers.
         """
         if words not in self._places:
-            text = torch.arange(words, device=self.index.device).expand(len(self.index), -1)
+            computed = 0 if self.reuse_text else words
+            text = torch.arange(computed, device=self.index.device).expand(len(self.index), -1)
             parts = [self.index, text + self.tokens] if image_first else [text, self.index + words]
             places = torch.cat(parts, 1)
             starts = torch.arange(len(places), device=places.device)[:, None] * (self.tokens + words)
@@ -266,25 +270,30 @@ class Call:
             if self.keep:
                 self.cache.layers[layer] = self._all(known, new)
             return key, value
-        _, rows = self.places(key.shape[-2] - self.index.shape[1], image_first)
-        known = known.updated(rows, new)
-        self.cache.layers[layer] = known.detached()
-        whole = self._standing(known, rows)
+        words = len(known.newest[0]) // len(self.index) - self.tokens
+        _, rows = self.places(words, image_first)
+        whole = self._standing(known, rows, new)
         return tuple(tensor.unflatten(0, (len(self.index), -1)).movedim(1, -2) for tensor in whole)
 
     def _all(self, known: Known | None, new: tuple[torch.Tensor, ...]) -> Known:
         """What is known after all tokens were computed."""
-        new = tuple(tensor.detach().clone() for tensor in new)
+        new = tuple(_own(tensor) for tensor in new)
         if self.now is None:
             return Known(new)
         self._reached(len(new[0]), new[0].device, None)
-        return Known(new, new if known is None else known.newest)
+        return Known(new, tuple(tensor.clone() for tensor in new) if known is None else known.newest)
 
-    def _standing(self, known: Known, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _standing(
+        self, known: Known, rows: torch.Tensor, new: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
         """What stands for all tokens after `rows` were computed."""
-        if self.now is None:
-            return known.newest
-        return known.at(self._reached(len(known.newest[0]), rows.device, rows))
+        known.update(rows, new)
+        whole = known.newest
+        if self.now is not None:
+            whole = known.at(self._reached(len(known.newest[0]), rows.device, rows))
+        if any(tensor.requires_grad for tensor in new):
+            whole = tuple(tensor.index_copy(0, rows, value) for tensor, value in zip(whole, new))
+        return whole
 
     def _reached(self, count: int, device: torch.device, rows: torch.Tensor | None) -> torch.Tensor:
         """How far each of `count` rows is continued, see `Known.at`; notes that `rows`, or all, are computed now."""
@@ -296,6 +305,11 @@ class Call:
             self.cache.steps[count] = newest, before
             self._reach[count] = torch.where(newest > before, (now - before) / (newest - before), 1.0)
         return self._reach[count]
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Without gradients, and without what else a storage holds; where gradients need the tensor, a copy."""
+    return tensor.detach().clone() if tensor.requires_grad else tensor.contiguous()
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -250,15 +250,16 @@ def by_the_paper(target, x, steps, start, ratio, resets, order=0):
     return x
 
 
+@pytest.mark.parametrize("start", [1, 3])
 @pytest.mark.parametrize("order", [0, 1])
-def test_equals_the_algorithm_written_out(order):
+def test_equals_the_algorithm_written_out(order, start):
     """On a DiT whose attention is turned off, so that keys and values do not matter."""
     target = _transformer("dit")
     for block in target.transformer.transformer_blocks:
         torch.nn.init.zeros_(block.attn1.to_out[0].weight)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    expected = by_the_paper(target, x, 12, 3, 0.5, (6,), order)
-    with diffusers_ext.apply(target, RASConfig(0.5, 3, error_reset_steps=[6], forecast_order=order)):
+    expected = by_the_paper(target, x, 12, start, 0.5, (6,), order)
+    with diffusers_ext.apply(target, RASConfig(0.5, start, error_reset_steps=[6], forecast_order=order)):
         actual = run(target, "dit", batch=2)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
