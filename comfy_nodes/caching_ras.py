@@ -61,7 +61,8 @@ class _Run:
             cache.clear()
         patch = self.regions.patch
         tokens = -(-x.shape[-2] // patch) * -(-x.shape[-1] // patch)
-        return Call(cache, self.regions.active(step, len(x)) if fits else None, keep, tokens, plan.now(step))
+        index = self.regions.active(step, len(x)) if fits else None
+        return Call(cache, index, keep, tokens, plan.now(step), plan.reuse_text)
 
     def observe(self, x: torch.Tensor, noise: torch.Tensor) -> None:
         """Choose the tokens of the next step."""
@@ -174,7 +175,8 @@ def _incoming_input(call: Any) -> Callable:
     """Flux: the chosen tokens, with their positions."""
 
     def patch(args: dict) -> dict:
-        return {**args, "img": call.gather(args["img"]), "img_ids": call.gather(args["img_ids"])}
+        image = {name: call.gather(args[name]) for name in ("img", "img_ids")}
+        return {**args, **image, **{name: call.gather_text(args[name]) for name in ("txt", "txt_ids")}}
 
     return patch
 
@@ -187,7 +189,8 @@ def _incoming_block(call: Any, inner: Callable | None) -> Callable:
     """Stable Diffusion 3: the chosen tokens, positions included, enter the first block."""
 
     def patch(args: dict, extra: dict) -> dict:
-        return _run_block({**args, "img": call.gather(args["img"])}, extra, inner)
+        tokens = {"img": call.gather(args["img"]), "txt": call.gather_text(args["txt"])}
+        return _run_block({**args, **tokens}, extra, inner)
 
     return patch
 
@@ -261,20 +264,36 @@ class DXRegionAdaptiveSampling(io.ComfyNode):
                     "take turns.",
                 ),
                 forecast_input(largest=1),
+                io.Boolean.Input(
+                    "reuse_text",
+                    default=False,
+                    optional=True,
+                    tooltip="Cheap steps leave out the text tokens too: they cost less, at hardly any difference in "
+                    "the picture. Off computes them at every step, as in the paper.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with RAS. Works with every sampler node.")],
         )
 
     @classmethod
     def execute(
-        cls, model, ratio, start_step, end_step, reset_steps, metric, high_ratio, starvation, forecast_order=0
+        cls,
+        model,
+        ratio,
+        start_step,
+        end_step,
+        reset_steps,
+        metric,
+        high_ratio,
+        starvation,
+        forecast_order=0,
+        reuse_text=False,
     ) -> io.NodeOutput:
         from diffusers_ext.caching.ras import RASConfig
 
         places, resets = _Places(model), _steps(reset_steps)
-        config = RASConfig(
-            ratio, start_step, end_step, resets, metric, high_ratio, starvation, forecast_order=forecast_order
-        )
+        more = {"forecast_order": forecast_order, "reuse_text": reuse_text}
+        config = RASConfig(ratio, start_step, end_step, resets, metric, high_ratio, starvation, **more)
         cache = RegionAdaptiveSampling(lambda steps: _new_run(config, steps, places.patch), places)
         patched = model.clone()
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, cache.sample), (WrappersMP.APPLY_MODEL, cache.forward)):

@@ -363,6 +363,9 @@ class RASConfig(MethodConfig):
         forecast_order: What stands in for a token that is left out: 0 (default), its last values, as in the paper; 1,
             the line through its last two. For samplers that add no noise, 1 with a later `start_step` and every
             second or third step among `error_reset_steps` stays much closer for as many operations.
+        reuse_text: Whether steps that leave out image tokens leave out the text tokens (but one) too, whose keys and
+            values then stand in as those of image tokens do. The default, False, computes them at every step, as in the
+            paper. Changes nothing where text is only attended to (PixArt) or there is none (DiT).
 
     Raises:
         ValueError: Values out of range; on `apply`, an unsupported model or scheduler, or no pipeline; Stable

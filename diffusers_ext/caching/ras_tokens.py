@@ -65,7 +65,7 @@ class Plan:
         ratio: Share of the tokens that is computed.
         change, every: The dynamic rule: `change` more tokens are left out every `every` steps; 0 keeps the number.
         forecast_order: Of what stands in for tokens that are left out; 0 repeats them.
-        reuse_text: Whether a step that leaves out image tokens leaves out all text tokens too.
+        reuse_text: Whether a step that leaves out image tokens leaves out all text tokens but the first.
     """
 
     steps: int
@@ -198,7 +198,7 @@ class Call:
         keep: Whether keys, values and outputs are kept.
         tokens: Tokens that the index chooses from. What a model appends to them is always computed.
         now: Step of the run if tokens that are left out are forecast, None if they are repeated.
-        reuse_text: Whether text tokens are left out wherever image tokens are.
+        reuse_text: Whether text tokens but the first are left out wherever image tokens are.
     """
 
     cache: Cache
@@ -224,8 +224,12 @@ class Call:
         return tokens.flatten(0, 1)[rows].unflatten(0, self.index.shape)
 
     def gather_text(self, text: torch.Tensor) -> torch.Tensor:
-        """`[M, W, ...]` -> the text tokens that are computed: all or none."""
-        return text[:, :0] if self.index is not None and self.reuse_text else text
+        """`[M, W, ...]` -> the text tokens that are computed."""
+        return text if self.index is None else text[:, : self._words(text.shape[1])]
+
+    def _words(self, words: int) -> int:
+        # One remains: models and kernels do not expect sequences without tokens.
+        return min(words, 1) if self.reuse_text else words
 
     def complete(self, tokens: torch.Tensor) -> torch.Tensor:
         """The output of all tokens: those that were computed among what stands in for the others."""
@@ -247,8 +251,7 @@ class Call:
             faster than `gather` and `scatter` copy single numbers.
         """
         if words not in self._places:
-            computed = 0 if self.reuse_text else words
-            text = torch.arange(computed, device=self.index.device).expand(len(self.index), -1)
+            text = torch.arange(self._words(words), device=self.index.device).expand(len(self.index), -1)
             parts = [self.index, text + self.tokens] if image_first else [text, self.index + words]
             places = torch.cat(parts, 1)
             starts = torch.arange(len(places), device=places.device)[:, None] * (self.tokens + words)

@@ -170,8 +170,9 @@ def _hook(target):
     "name, patch, size",
     [(n, 2, (8, 8)) for n in NAMES] + [("sd3", 1, (4, 6)), ("sd3", 4, (8, 16)), ("flux", 2, (6, 8))],
 )
+@pytest.mark.parametrize("reuse_text", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
-def test_a_part_equals_the_same_part_of_the_whole(name, patch, size, batch):
+def test_a_part_equals_the_same_part_of_the_whole(name, patch, size, batch, reuse_text):
     """Any tokens, other ones for each picture, with keys and values fresh from a whole pass at the same input."""
     target = _transformer(name, patch)
     model, t = target.transformer, torch.tensor(400.0)
@@ -184,7 +185,7 @@ def test_a_part_equals_the_same_part_of_the_whole(name, patch, size, batch):
         plain = _call(name, model, x, t, batch)
         outputs = []
         for chosen in (None, index):
-            hook.shared.call = Call(cache, chosen, True, count)
+            hook.shared.call = Call(cache, chosen, True, count, None, reuse_text)
             outputs.append(_call(name, model, x, t, batch))
             # What was not computed comes from the cache: without it, only the computed tokens may agree.
             cache.output = Known((torch.full_like(cache.output.newest[0], 9.0),))
@@ -315,14 +316,15 @@ class _FluxCall(torch.nn.Module):
         return _call("flux", self.inner, x, torch.tensor(9.0), 1)
 
 
-def test_counted_tokens_and_operations():
-    """The MLP costs (|A| + text) / (N + text) of a whole step."""
+@pytest.mark.parametrize("words", [5, 1])
+def test_counted_tokens_and_operations(words):
+    """The MLP costs (|A| + text) / (N + text) of a whole step; all but one of the text tokens can be left out."""
     target = _transformer("flux")
     seen = []
     handle = target.transformer.transformer_blocks[0].ff.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape[1])
     )
-    with diffusers_ext.apply(target, RASConfig(0.25, 2, 9, [5])) as applied:
+    with diffusers_ext.apply(target, RASConfig(0.25, 2, 9, [5], reuse_text=words == 1)) as applied:
         run(target, "flux")
         figures = applied.summary()["ras"]
         plan = RASConfig(0.25, 2, 9, [5]).plan(12)
@@ -331,12 +333,12 @@ def test_counted_tokens_and_operations():
         hook, parts = _hook(target), {}
         hook.paused, cache = True, Cache()
         for index in (None, torch.arange(4)[None]):
-            hook.shared.call = Call(cache, index, True, 16)
+            hook.shared.call = Call(cache, index, True, 16, None, words == 1)
             parts[index is None] = macs_by_module(_FluxCall(target.transformer), torch.randn(1, 4, 8, 8), depth=5)
         hook.shared.call = None
     handle.remove()
     mlp = "inner.single_transformer_blocks.0.proj_mlp"
-    assert parts[False][mlp] / parts[True][mlp] == pytest.approx((4 + 5) / (16 + 5))
+    assert parts[False][mlp] / parts[True][mlp] == pytest.approx((4 + words) / (16 + 5))
     assert parts[True][""] == figures["macs_full_call"] and parts[False][""] == figures["macs_reused_call"][4]
 
 
@@ -376,6 +378,24 @@ def test_forecasts_are_closer(pipe):
         scores.append(mean_psnr(images, reference))
         saved.append(share)
     assert scores[1] > scores[0] + 2 and saved[0] == saved[1], (scores, saved)
+
+
+def test_text_costs_more_than_it_gives(pipe):
+    """Leaving out the text tokens too saves a tenth of the run and moves pictures by less than RAS does."""
+    captions = zoo.held_out(2).captions
+
+    def draw(config):
+        with diffusers_ext.apply(pipe, config) as handle:
+            images = zoo.generate(pipe, captions, num_inference_steps=20)
+            return images, handle.summary()["ras"].get("macs_saved")
+
+    plan = {"error_reset_steps": range(8, 20, 2), "forecast_order": 1}
+    reference, _ = draw(RASConfig(1.0))
+    computed, saved = draw(RASConfig(0.0625, 7, **plan))
+    reused, more = draw(RASConfig(0.0625, 7, **plan, reuse_text=True))
+    assert mean_psnr(reused, computed) > mean_psnr(computed, reference) + 6
+    assert mean_psnr(reused, reference) > mean_psnr(computed, reference) - 0.5
+    assert more > saved + 0.07, (saved, more)
 
 
 @pytest.mark.slow

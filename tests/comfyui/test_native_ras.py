@@ -22,9 +22,9 @@ def shapes(native_pipe, encode):
 
 @pytest.fixture
 def patch(dx_nodes):
-    def node(model, ratio=0.5, start_step=3, end_step=1000, reset_steps="6", high_ratio=1.0, starvation=0.1, order=0):
+    def node(model, ratio=0.5, start_step=3, end_step=1000, reset_steps="6", high_ratio=1.0, starvation=0.1, **more):
         execute = dx_nodes["DXRegionAdaptiveSampling"].execute
-        return execute(model, ratio, start_step, end_step, reset_steps, "std", high_ratio, starvation, order).args[0]
+        return execute(model, ratio, start_step, end_step, reset_steps, "std", high_ratio, starvation, **more).args[0]
 
     return node
 
@@ -57,13 +57,15 @@ def runs(comfy, monkeypatch):
     return started
 
 
+@pytest.mark.parametrize("reuse_text", [False, True])
 @pytest.mark.parametrize("order", [0, 1])
-def test_parity_with_diffusers(comfy, shapes, patch, runs, order):
+def test_parity_with_diffusers(comfy, shapes, patch, runs, order, reuse_text):
     """Two pictures at once, guided: the same tokens at every step, and the same latents."""
     model, positive, negative = shapes
     pipe = zoo.load("shapes-dit")
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    config = RASConfig(0.5, 3, None, [6], high_ratio=0.7, starvation_scale=0.5, forecast_order=order)
+    more = {"forecast_order": order, "reuse_text": reuse_text}
+    config = RASConfig(0.5, 3, None, [6], high_ratio=0.7, starvation_scale=0.5, **more)
     with diffusers_ext.apply(pipe, config) as handle:
         expected = pipe(
             [CAPTION] * 2,
@@ -79,7 +81,7 @@ def test_parity_with_diffusers(comfy, shapes, patch, runs, order):
         ).images
         figures = handle.summary()["ras"]
     sampled = comfy.sample.sample_custom(
-        patch(model, 0.5, 3, 1000, "6", 0.7, 0.5, order),
+        patch(model, 0.5, 3, 1000, "6", 0.7, 0.5, **more),
         noise,
         3.0,
         comfy.samplers.sampler_object("euler"),
@@ -166,8 +168,9 @@ def test_patching_twice_replaces(shapes, patch, ksample):
     assert torch.equal(ksample(patch(patch(model, 0.2, 2), 0.5)), ksample(patch(model, 0.5)))
 
 
+@pytest.mark.parametrize("reuse_text", [False, True])
 @pytest.mark.parametrize("name", ["shapes-dit", "sd3"])
-def test_a_part_equals_the_same_part_of_the_whole(name, native_pipe, tiny_pipe, patch, comfy):
+def test_a_part_equals_the_same_part_of_the_whole(name, reuse_text, native_pipe, tiny_pipe, patch, comfy):
     """With fresh keys and values and an input that does not move: control, other patches, two conditions at once."""
     caching = pytest.importorskip("comfy_nodes.caching_ras")
     from diffusers_ext.caching.ras_tokens import Cache, Call
@@ -207,7 +210,7 @@ def test_a_part_equals_the_same_part_of_the_whole(name, native_pipe, tiny_pipe, 
     full = Call(store, None, True, 20)
     assert torch.equal(full.complete(run(full)), plain)
     index = torch.tensor([[0, 3, 4, 17], [1, 2, 18, 19]])
-    part = Call(store, index, True, 20)
+    part = Call(store, index, True, 20, None, reuse_text)
     computed = part.gather(run(part))
     torch.testing.assert_close(computed, part.gather(plain), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(part.complete(computed), plain, atol=1e-4, rtol=1e-3)

@@ -57,15 +57,21 @@ SETUPS = {
 METHODS = [record for record in list_methods() if record.kind in ("cache", "attention")]
 
 
-def _forecasting(record):
-    """The record of the same method with more to keep: what it reuses is forecast from several full steps."""
-    return dataclasses.replace(record, public=functools.partial(record.public, forecast_order=1))
+# Options that let a method reuse more than its paper does.
+OPTIONS = {"forecast_order": 1, "reuse_text": True}
 
 
-FORECASTING = [_forecasting(r) for r in METHODS if "forecast_order" in r.public.__dataclass_fields__]
+def _with_options(record):
+    """The record of the same method with as many of these options as it has."""
+    fields = record.public.__dataclass_fields__
+    given = {name: value for name, value in OPTIONS.items() if name in fields}
+    return dataclasses.replace(record, public=functools.partial(record.public, **given))
+
+
+WITH_OPTIONS = [_with_options(r) for r in METHODS if OPTIONS.keys() & r.public.__dataclass_fields__.keys()]
 CASES = [
     (record, layout)
-    for record in METHODS + FORECASTING
+    for record in METHODS + WITH_OPTIONS
     for layout in dict.fromkeys(n for t in record.targets for n in LAYOUTS.get(t, ()))
 ]
 
@@ -146,7 +152,7 @@ def run(
 def _param(record, layout):
     """The first layout of every target is tested at once, its relatives in the slow run."""
     first = layout in [layouts[0] for layouts in LAYOUTS.values()]
-    name = f"{record.slug}-forecast" if record in FORECASTING else record.slug
+    name = f"{record.slug}-options" if record in WITH_OPTIONS else record.slug
     return pytest.param((record, layout), id=f"{name}-{layout}", marks=[] if first else [pytest.mark.slow])
 
 
