@@ -13,13 +13,14 @@ import torch
 import diffusers_ext
 from benchmarks import _real_size as real
 from benchmarks._common import picture_grid
-from benchmarks.cache import COLUMNS, FORECAST, first_block, real_transformer
+from benchmarks.cache import COLUMNS, ending, first_block, real_transformer
 from diffusers_ext import BACConfig, BACStatistics, measure_bac, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import MethodRecord
 
 
 UPDATES, STEPS, PICTURES, TIMED = (10, 7, 5), 20, 16, 2
+ORDERS = (0, 0.5, 1)
 LONG_STEPS, LONG_UPDATES = 50, 10
 UNIONS = 5
 TurnedOn = real.TurnedOn
@@ -60,7 +61,11 @@ def settings(statistics: BACStatistics) -> dict[str, TurnedOn]:
             }
         )
         one, even = list(lists)[:2]
-        forecast = {name + FORECAST: replace(lists[name], forecast_order=1) for name in (one, even)}
+        forecast = {
+            name + ending(order): replace(lists[name], forecast_order=order)
+            for name in (one, even)
+            for order in ORDERS[1:]
+        }
         configs.update(lists | forecast)
     ours = {name: lambda pipe, c=config: diffusers_ext.apply(pipe, c) for name, config in configs.items()}
     peers = {f"diffusers FirstBlockCache, threshold {x}": lambda pipe, x=x: first_block(pipe, x) for x in (0.1, 0.2)}
@@ -135,11 +140,11 @@ def latent_rows() -> Iterator[list[str]]:
 
 def real_size(record: MethodRecord) -> Iterator[list[str]]:
     """A transformer of PixArt-alpha's size."""
-    for order, ending in enumerate(("", FORECAST)):
+    for order in (0, 1):
         for updates in UPDATES:
             config = BACConfig(num_updates=updates, forecast_order=order)
             costs = real_transformer("PixArt-alpha", config, STEPS)
-            name = f"M = {updates}, equal distances{ending}"
+            name = f"M = {updates}, equal distances{ending(order)}"
             yield ["PixArt-alpha size, random weights", name, *costs, "", ""]
 
 

@@ -33,7 +33,10 @@ RATIOS = (0.75, 0.5, 0.25)
 FORECAST = ", forecast"
 BATCHED = "50ls"
 # Delta-DiT: interval, first step that may be reused, order of the forecast.
-WARM_UPS = ((3, 8, 1), (3, 6, 1), (4, 5, 0), (5, 4, 0))
+WARM_UPS = ((2, 7, 0.7), (2, 5, 0.7), (3, 6, 0.5), (4, 5, 0.3), (5, 4, 0.3))
+# RAS: first step that may leave out tokens, every how many steps one is in full, order of the forecast, text reused.
+TURNS = ((7, 2, 0, False), (7, 2, 1, False), (7, 2, 1, True), (5, 2, 0.7, True), (6, 3, 0.5, True))
+RAS_SHARE = 1 / 16
 UNET = "SD 1.5 size, random weights"
 TRANSFORMER_STEPS = {"PixArt-alpha": 20, "Stable Diffusion 3": 28}
 BOTH = (real.FULL, real.CHEAP)
@@ -106,7 +109,7 @@ def tuned(record: MethodRecord) -> tuple[str, dict[str, Any]]:
     """What brings a method closer than its paper's settings do, and such settings; "" where there are none."""
     if record.slug == "delta-dit":
         return "warm-up", {
-            f"N = {n}, 11 blocks, from step {start}" + FORECAST * order: record.public(
+            f"N = {n}, 11 blocks, from step {start}{ending(order)}": record.public(
                 n, 11, start_step=start, forecast_order=order
             )
             for n, start, order in WARM_UPS
@@ -115,14 +118,20 @@ def tuned(record: MethodRecord) -> tuple[str, dict[str, Any]]:
         keys = (2, 3, 4)
         return "parabola", {f"key steps {k}, parabola": record.public(k, forecast_order=2) for k in keys}
     if record.slug == "ras":
-        options = {"start_step": 6, "error_reset_steps": range(7, 20, 2)}
-        return "warm-up", {
-            "12.5%, from step 6, every other in full" + FORECAST * order: record.public(
-                0.125, forecast_order=order, **options
-            )
-            for order in (0, 1)
-        }
+        return "warm-up", dict(_in_turns(record, *turn) for turn in TURNS)
     return "", {}
+
+
+def _in_turns(record: MethodRecord, start: int, every: int, order: float, text: bool) -> tuple[str, Any]:
+    """RAS on 20 steps of which only some leave out tokens."""
+    name = f"6%, from step {start}, every {('2nd', '3rd')[every - 2]} in full{ending(order)}" + ", text reused" * text
+    resets = range(start + every - 1, 20, every)
+    return name, record.public(RAS_SHARE, start, error_reset_steps=resets, forecast_order=order, reuse_text=text)
+
+
+def ending(order: float) -> str:
+    """What a forecast adds to a setting's name."""
+    return "" if not order else FORECAST if order == 1 else f"{FORECAST} {order:g}"
 
 
 @contextmanager

@@ -1,15 +1,15 @@
-"""Caches against their peers at equal quality: settings that keep pictures as close, timed against each other.
+"""Caches against their peers at equal quality: our settings, each beside the cheapest one of a peer that is as close.
 
-Each pair is a setting of this package and the nearest setting of the published helper of DeepCache, or of diffusers'
-first-block cache, that is no closer to the pictures without a cache. They run in turn, so that the ratio of their
-times is free of what else the machine does.
+Peers are the published helper of DeepCache, and diffusers' first-block cache, MagCache and TaylorSeer, at many settings
+of the dials that they have. Ours and the peer's run in turn, so that the ratio of their times is free of what else the
+machine does.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,114 +17,127 @@ from typing import Any
 import torch
 
 import diffusers_ext
-from benchmarks.cache import FORECAST, first_block, helper, tuned
-from benchmarks.frontier import CalibratedBAC
-from diffusers_ext import (
-    DeepCacheConfig,
-    FasterDiffusionConfig,
-    FeatureInheritanceConfig,
-    RASConfig,
-    zoo,
-)
+from benchmarks.bac import UPDATES
+from benchmarks.cache import FORECAST, ending, first_block, helper, tuned
+from benchmarks.frontier import CalibratedBAC, MagCache
+from diffusers_ext import DeepCacheConfig, FasterDiffusionConfig, FeatureInheritanceConfig, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import get_method
 
 
 STEPS = {"shapes-unet": 50, "shapes-dit": 20}
-PICTURES, TIMED_PICTURES, PAIRS = {64: 16, 128: 8}, {64: 4, 128: 2}, 7
-FBC, PYPI = "diffusers FirstBlockCache", "PyPI DeepCache 0.1.1"
-COLUMNS = ["Model", "Ours", "PSNR", "MACs", "Peer", "PSNR", "MACs", "Our time / peer's"]
-TurnedOn = Callable[[Any], AbstractContextManager]
+PICTURES, TIMED_PICTURES, PAIRS = 16, 4, 7
+# Two settings that compute the same differ by rounding.
+SAME = 0.05
+COLUMNS = ["Model", "Ours", "PSNR", "MACs", "Cheapest peer as close", "PSNR", "MACs", "Our time / peer's"]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A setting of ours and one of a peer, by name, for pictures of `side` x `side`."""
+class Setting:
+    """A setting by name, what turns it on for a pipeline, and once measured its PSNR and share of operations."""
 
-    ours: str
-    config: Any
-    peer: str
-    strength: Any
-    side: int = 64
+    name: str
+    turned_on: Callable[[Any], AbstractContextManager]
+    psnr: float = float("inf")
+    macs: float = 1.0
+
+    def figures(self) -> list[str]:
+        """As in the table."""
+        return [self.name, f"{self.psnr:.2f} dB", f"{self.macs:.3f}"]
 
 
-def _pairs(name: str) -> Iterator[Pair]:
+NOTHING = Setting("none: without a cache", lambda pipe: nullcontext())
+
+
+def ours(name: str) -> Iterator[Setting]:
+    """Settings of this package, chosen on captions that are not measured."""
+
+    def setting(label: str, config: Any) -> Setting:
+        return Setting(label, lambda pipe: diffusers_ext.apply(pipe, config))
+
     if name == "shapes-unet":
-        yield Pair("deepcache, N = 2", DeepCacheConfig(2), PYPI, (2, 0))
-        yield Pair("deepcache, N = 3" + FORECAST, DeepCacheConfig(3, forecast_order=1), PYPI, (2, 0))
-        yield Pair("a-sdm, N = 3" + FORECAST, FeatureInheritanceConfig(interval=3, forecast_order=1), PYPI, (2, 3))
-        yield Pair("faster-diffusion, key steps 2, parabola", FasterDiffusionConfig(2, forecast_order=2), PYPI, (3, 6))
+        yield setting("deepcache, N = 2", DeepCacheConfig(2))
+        for n in (2, 3, 5):
+            yield setting(f"deepcache, N = {n}{FORECAST}", DeepCacheConfig(n, forecast_order=1))
+        for n in (2, 3, 5):
+            yield setting(f"a-sdm, N = {n}{FORECAST}", FeatureInheritanceConfig(interval=n, forecast_order=1))
+        for k in (2, 3):
+            yield setting(f"faster-diffusion, key steps {k}, parabola", FasterDiffusionConfig(k, forecast_order=2))
         return
-    _, warm_ups = tuned(get_method("delta-dit"))
-    for (setting, config), threshold in zip(warm_ups.items(), (0.08, 0.1, 0.13, 0.19)):
-        yield Pair(f"delta-dit, {setting}", config, FBC, threshold)
-    yield Pair("bac, calibrated, M = 10" + FORECAST, 10, FBC, 0.11)
-    thirds = RASConfig(0.125, start_step=6, error_reset_steps=range(8, 20, 3), forecast_order=1)
-    yield Pair("ras, 12.5%, from step 6, every third in full" + FORECAST, thirds, FBC, 0.065, 128)
+    for slug in ("delta-dit", "ras"):
+        for label, config in tuned(get_method(slug))[1].items():
+            if config.forecast_order and getattr(config, "reuse_text", True):
+                yield setting(f"{slug}, {label}", config)
+    bac = CalibratedBAC(STEPS[name])
+    for updates in UPDATES:
+        yield Setting(f"bac, calibrated, M = {updates}{ending(0.5)}", lambda p, m=updates: bac.turned_on(p, m, 0.5))
+
+
+def peers(name: str) -> Iterator[Setting]:
+    """Settings of others over the dials that they have."""
+    if name == "shapes-unet":
+        for n, branch in [(2, b) for b in range(9)] + [(3, b) for b in (0, 3, 6, 8)]:
+            yield Setting(f"PyPI DeepCache, N = {n}, branch {branch}", lambda p, n=n, b=branch: helper(p, n, b))
+        return
+    from diffusers.hooks import TaylorSeerCacheConfig
+
+    for x in (0.06, 0.065, 0.07, 0.08, 0.09, 0.1, 0.11, 0.13, 0.16, 0.2, 0.25, 0.3):
+        yield Setting(f"diffusers FirstBlockCache, threshold {x}", lambda p, x=x: first_block(p, x))
+    mag = MagCache(STEPS[name])
+    for skipped in (1, 2, 3):
+        for share in (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5):
+            label = f"diffusers MagCache, K = {skipped}, retention {share}"
+            yield Setting(label, lambda p, k=skipped, r=share: mag.turned_on(p, k, r))
+    for n in (2, 3):
+        for start in (4, 5, 6, 7, 8):
+            config = TaylorSeerCacheConfig(cache_interval=n, disable_cache_before_step=start, max_order=1)
+            label = f"diffusers TaylorSeer, interval {n}, from step {start}"
+            yield Setting(label, lambda p, c=config: diffusers_ext.apply(p, c))
 
 
 class Bench:
     """A shipped model and its pictures without a cache."""
 
     def __init__(self, name: str):
-        self.name, self.steps, self.pipe = name, STEPS[name], zoo.load(name)
+        self.name, self.pipe = name, zoo.load(name)
         if name == "shapes-unet":
             from diffusers import DDIMScheduler
 
             self.pipe.scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
-        self.bac = CalibratedBAC(self.steps)
-        self.plain: dict[int, tuple[torch.Tensor, int]] = {}
+        self.reference = self.draw(PICTURES)
+        self.full = count_macs(lambda: self.draw(1))
 
-    def draw(self, side: int, count: int) -> torch.Tensor:
+    def draw(self, count: int) -> torch.Tensor:
         """Pictures of the first captions."""
-        captions = zoo.held_out(PICTURES[side]).captions[:count]
-        return zoo.generate(self.pipe, captions, num_inference_steps=self.steps, height=side, width=side)
+        return zoo.generate(self.pipe, zoo.held_out(PICTURES).captions[:count], num_inference_steps=STEPS[self.name])
 
-    def ours(self, pair: Pair) -> TurnedOn:
-        """What turns our setting on. BAC's is a number of updates, calibrated before its first use."""
-        if isinstance(pair.config, int):
-            return lambda pipe: self.bac.turned_on(pipe, pair.config, 1)
-        return lambda pipe: diffusers_ext.apply(pipe, pair.config)
-
-    def peer(self, pair: Pair) -> TurnedOn:
-        """What turns the peer's setting on."""
-        if pair.peer == PYPI:
-            return lambda pipe: helper(pipe, *pair.strength)
-        return lambda pipe: first_block(pipe, pair.strength)
-
-    def quality(self, turned_on: TurnedOn, side: int) -> list[str]:
-        """PSNR to the pictures without a cache, and the share of operations."""
-        if side not in self.plain:
-            full = count_macs(lambda: self.draw(side, TIMED_PICTURES[side]))
-            self.plain[side] = self.draw(side, PICTURES[side]), full
-        reference, full = self.plain[side]
-        with turned_on(self.pipe):
-            psnr = mean_psnr(self.draw(side, PICTURES[side]), reference)
-            share = count_macs(lambda: self.draw(side, TIMED_PICTURES[side])) / full
-        return [f"{psnr:.2f} dB", f"{share:.3f}"]
+    def measured(self, setting: Setting) -> Setting:
+        """With its figures."""
+        with setting.turned_on(self.pipe):
+            psnr = mean_psnr(self.draw(PICTURES), self.reference)
+            macs = count_macs(lambda: self.draw(1)) / self.full
+        return Setting(setting.name, setting.turned_on, psnr, macs)
 
     def rows(self) -> Iterator[tuple[list[str], Any]]:
-        """A row per pair, and its ratio of times."""
-        for pair in _pairs(self.name):
-            ours, peer = self.ours(pair), self.peer(pair)
-            found, theirs = self.quality(ours, pair.side), self.quality(peer, pair.side)
+        """A row per setting of ours, and its ratio of times."""
+        theirs = [NOTHING, *map(self.measured, peers(self.name))]
+        for setting in map(self.measured, ours(self.name)):
+            peer = cheapest(theirs, setting.psnr)
             # Processor time of this process: other load on the machine must not decide.
-            ratio = paired_ratio(
-                self._timed(ours, pair.side), self._timed(peer, pair.side), pairs=PAIRS, clock=time.process_time
-            )
-            model = self.name if pair.side == 64 else f"{self.name}, {pair.side} x {pair.side}"
-            yield [model, pair.ours, *found, f"{pair.peer}, {_shown(pair.strength)}", *theirs, str(ratio)], ratio
+            ratio = paired_ratio(self._timed(setting), self._timed(peer), pairs=PAIRS, clock=time.process_time)
+            yield [self.name, *setting.figures(), *peer.figures(), str(ratio)], ratio
 
-    def _timed(self, turned_on: TurnedOn, side: int) -> Callable[[], None]:
+    def _timed(self, setting: Setting) -> Callable[[], None]:
         def run() -> None:
-            with turned_on(self.pipe):
-                self.draw(side, TIMED_PICTURES[side])
+            with setting.turned_on(self.pipe):
+                self.draw(TIMED_PICTURES)
 
         return run
 
 
-def _shown(strength: Any) -> str:
-    return f"N = {strength[0]}, branch {strength[1]}" if isinstance(strength, tuple) else f"threshold {strength}"
+def cheapest(settings: list[Setting], psnr: float) -> Setting:
+    """The one with the fewest operations among those at least as close."""
+    return min((s for s in settings if s.psnr >= psnr - SAME), key=lambda s: s.macs)
 
 
 def plot(measured: list[tuple[list[str], Any]], path: Path) -> Path:
@@ -149,13 +162,14 @@ def plot(measured: list[tuple[list[str], Any]], path: Path) -> Path:
 
 
 def bench(out_dir: Path) -> dict[str, Any]:
-    """Measure every pair; see `benchmarks/run.py` for what is returned."""
+    """Measure every setting; see `benchmarks/run.py` for what is returned."""
     measured = [entry for name in STEPS for entry in Bench(name).rows()]
+    searched = ", ".join(f"{sum(1 for _ in peers(name))} on {name}" for name in STEPS)
     notes = (
-        f"{PICTURES[64]} held-out captions ({PICTURES[128]} at 128 x 128), guidance 3; DDIM with 50 steps, Euler with "
-        f"20. PSNR to the pictures without a cache. MACs are shares of the run without one, with {TIMED_PICTURES[64]} "
-        f"({TIMED_PICTURES[128]}) pictures. The last column is processor time of ours over the peer's, the median of "
-        f"{PAIRS} interleaved pairs with their smallest and largest. BAC was calibrated on four other captions."
+        f"{PICTURES} held-out captions, guidance 3; DDIM with 50 steps, Euler with 20. PSNR to the pictures without a "
+        f"cache. MACs are shares of the run without one. Peer settings searched: {searched}. The last column is "
+        f"processor time of ours over the peer's with {TIMED_PICTURES} pictures, the median of {PAIRS} interleaved "
+        "pairs with their smallest and largest. BAC and MagCache were calibrated on four other captions."
     )
     rows = [row for row, _ in measured]
     return {"columns": COLUMNS, "rows": rows, "notes": notes, "picture": plot(measured, out_dir / "equal_quality.png")}

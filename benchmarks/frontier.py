@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import diffusers_ext
-from benchmarks.bac import UPDATES
-from benchmarks.cache import FORECAST, INTERVALS, Setting, dbcache, helper, own_settings
+from benchmarks.bac import ORDERS, UPDATES
+from benchmarks.cache import INTERVALS, Setting, dbcache, ending, helper, own_settings
 from diffusers_ext import BACStatistics, measure_bac, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
 from diffusers_ext.registry import list_methods
@@ -71,7 +71,7 @@ def _upstream() -> dict[str, list[Any]]:
     }
 
 
-class _MagCache:
+class MagCache:
     """diffusers' MagCache with ratios that it measures on this model, steps and guidance, before its first use.
 
     Args:
@@ -81,13 +81,13 @@ class _MagCache:
     def __init__(self, steps: int):
         self.steps, self.ratios = steps, []
 
-    def turned_on(self, pipe: Any, skipped: int) -> AbstractContextManager:
-        """MagCache on a pipeline, skipping at most so many steps in a row."""
+    def turned_on(self, pipe: Any, skipped: int, retention: float = 0.2) -> AbstractContextManager:
+        """MagCache on a pipeline, skipping at most so many steps in a row after a share of them in full."""
         from diffusers.hooks import MagCacheConfig
 
         self.ratios = self.ratios or self._calibrated(pipe)
         given = {"mag_ratios": self.ratios, "num_inference_steps": self.steps}
-        return diffusers_ext.apply(pipe, MagCacheConfig(max_skip_steps=skipped, **given))
+        return diffusers_ext.apply(pipe, MagCacheConfig(max_skip_steps=skipped, retention_ratio=retention, **given))
 
     def _calibrated(self, pipe: Any) -> list[float]:
         """Mean of the ratios of conditional and unconditional calls."""
@@ -112,12 +112,12 @@ class CalibratedBAC:
 
     def settings(self) -> Iterator[tuple[str, str, Setting]]:
         """Three strengths, repeated and forecast."""
-        for order, ending in enumerate(("", FORECAST)):
+        for order in ORDERS:
             for updates in UPDATES:
                 turned_on = functools.partial(self.turned_on, updates=updates, order=order)
-                yield OURS, "bac, calibrated" + ending, Setting(f"M = {updates}", turned_on)
+                yield OURS, f"bac, calibrated{ending(order)}", Setting(f"M = {updates}", turned_on)
 
-    def turned_on(self, pipe: Any, updates: int, order: int) -> AbstractContextManager:
+    def turned_on(self, pipe: Any, updates: int, order: float) -> AbstractContextManager:
         """BAC with so many updates on a pipeline."""
         self.statistics = self.statistics or self._measured(pipe)
         return diffusers_ext.apply(pipe, replace(self.statistics.config(updates), forecast_order=order))
@@ -136,8 +136,8 @@ def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
     for record in list_methods(kind="cache"):
         if {target, "any"} & set(record.targets):
             for setting in own_settings(record):
-                ending = f", {setting.family}" if setting.family else ""
-                yield OURS, record.slug + ending, replace(setting, name=setting.name.removesuffix(ending))
+                family = f", {setting.family}" if setting.family else ""
+                yield OURS, record.slug + family, replace(setting, name=setting.name.removesuffix(family))
     if target == "unet":
         for n in INTERVALS:
             yield "DeepCache (PyPI)", "deepcache", Setting(f"N = {n}", lambda pipe, n=n: helper(pipe, n))
@@ -150,7 +150,7 @@ def settings_of(name: str) -> Iterator[tuple[str, str, Setting]]:
         for config in configs:
             dial = getattr(config, "threshold", None) or getattr(config, "cache_interval", None)
             yield DIFFUSERS, method, Setting(f"{dial:g}", lambda pipe, c=config: diffusers_ext.apply(pipe, c))
-    mag = _MagCache(STEPS[name])
+    mag = MagCache(STEPS[name])
     for skipped in (1, 2, 3):
         yield DIFFUSERS, "MagCache", Setting(f"K = {skipped}", lambda pipe, k=skipped: mag.turned_on(pipe, k))
     for threshold in (0.06, 0.08, 0.12, 0.24):

@@ -11,17 +11,19 @@ def seed_input(tooltip: str, largest: int = 2**63 - 1) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=largest, control_after_generate=fixed, tooltip=tooltip)
 
 
-def forecast_input(largest: int = 2) -> io.Int.Input:
+def forecast_input(largest: int = 2) -> io.Float.Input:
     """What a cache gives in place of what it does not compute."""
     three = ", 2 of three" if largest == 2 else ""
-    return io.Int.Input(
+    return io.Float.Input(
         "forecast_order",
-        default=0,
-        min=0,
-        max=largest,
+        default=0.0,
+        min=0.0,
+        max=float(largest),
+        step=0.05,
         optional=True,
         tooltip="What stands in for what is not computed: 0 repeats the last full step; 1 continues the trend of the "
-        f"last two{three}. 1 is much closer with samplers that add no noise; leave 0 for ancestral and SDE ones.",
+        f"last two{three}. In between, a part of it. 0.5 to 1 is much closer with samplers that add no noise; leave "
+        "0 for ancestral and SDE ones.",
     )
 
 

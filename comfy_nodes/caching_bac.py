@@ -359,7 +359,7 @@ class DXBACApply(io.ComfyNode):
         return io.NodeOutput(BlockCache(lambda sigmas: _new_run(config, names, sigmas), places).on(model))
 
 
-def _config(file: str, updates: int, rescale: bool, schedule: Any, forecast_order: int) -> Any:
+def _config(file: str, updates: int, rescale: bool, schedule: Any, forecast_order: float) -> Any:
     from dataclasses import replace
 
     from diffusers_ext.caching.bac import BACConfig

@@ -164,7 +164,7 @@ def _decode_ahead(unet, features: _Features, times: list[float], x, timesteps, c
     return out.chunk(count)
 
 
-def _new_run(sampling: Any, sigmas: torch.Tensor, key_steps: Any, max_parallel: int = 1, order: int = 0) -> _Run:
+def _new_run(sampling: Any, sigmas: torch.Tensor, key_steps: Any, max_parallel: int = 1, order: float = 0) -> _Run:
     from diffusers_ext.caching._common import RunTracker
     from diffusers_ext.caching._forecast import History
     from diffusers_ext.caching.faster_diffusion import key_step_list
@@ -189,7 +189,7 @@ def parse_key_steps(text: str) -> Any:
 class FasterDiffusion:
     """The OUTER_SAMPLE wrapper of one patched MODEL. What a run remembers lives in that run's options, never here."""
 
-    def __init__(self, key_steps: Any, forecast_order: int):
+    def __init__(self, key_steps: Any, forecast_order: float):
         self.key_steps, self.forecast_order = key_steps, forecast_order
 
     def sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -294,7 +294,7 @@ class DXFasterDiffusion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, key_steps: str, forecast_order: int = 0) -> io.NodeOutput:
+    def execute(cls, model, key_steps: str, forecast_order: float = 0) -> io.NodeOutput:
         _require_unet(model.model.diffusion_model)
         patched, cache = model.clone(), FasterDiffusion(parse_key_steps(key_steps), forecast_order)
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, cache.sample), (WrappersMP.DIFFUSION_MODEL, forward)):

@@ -51,18 +51,14 @@ class _Run:
     def begin(self, x: torch.Tensor, options: dict):
         """What this call computes."""
         from diffusers_ext.caching._common import Inputs
-        from diffusers_ext.caching.ras_tokens import Call
 
         position = self.tracker.begin(Inputs(x, float(options["sigmas"].max()), []), tuple(options["uuids"]))
-        step, cache, plan = self.tracker.run_step, position.state, self.regions.plan
+        step, cache = self.tracker.run_step, position.state
         fits = cache.output is not None and x.shape[-2:] == self.size
-        keep = plan.keeps(step)
-        if not keep:
-            cache.clear()
         patch = self.regions.patch
         tokens = -(-x.shape[-2] // patch) * -(-x.shape[-1] // patch)
         index = self.regions.active(step, len(x)) if fits else None
-        return Call(cache, index, keep, tokens, plan.now(step), plan.reuse_text)
+        return self.regions.plan.call(cache, index, tokens, step)
 
     def observe(self, x: torch.Tensor, noise: torch.Tensor) -> None:
         """Choose the tokens of the next step."""

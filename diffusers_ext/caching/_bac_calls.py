@@ -42,7 +42,7 @@ class Pass:
     reused: frozenset[str]
     kept: frozenset[str]
     step: int
-    order: int
+    order: float
     fresh: dict[str, list[Any]] = field(default_factory=dict)
     forecast: dict[str, list[Any]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
@@ -81,10 +81,10 @@ class Plan:
 
     updates: Mapping[str, frozenset[int]]
     total: int
-    order: int = 0
+    order: float = 0
 
     @classmethod
-    def of(cls, schedule: Mapping[str, Steps], total: int, order: int = 0) -> Plan:
+    def of(cls, schedule: Mapping[str, Steps], total: int, order: float = 0) -> Plan:
         return cls({name: frozenset(steps) for name, steps in schedule.items()}, total, order)
 
     @staticmethod

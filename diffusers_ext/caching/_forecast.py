@@ -1,11 +1,13 @@
 """What a cached feature is likely to be by now: the polynomial through its last full steps, continued.
 
 Repeating a feature is the polynomial of order 0. Orders 1 and 2 continue its trend, as TaylorSeer does for the outputs
-of transformer blocks (Liu et al., https://arxiv.org/abs/2503.06923).
+of transformer blocks (Liu et al., https://arxiv.org/abs/2503.06923). Orders in between mix both neighbours: a trend
+that is continued in part errs less where forecasts reach far, as damped trends do in time series.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +32,20 @@ def lagrange_weights(steps: Sequence[int], step: float) -> list[float]:
     return weights
 
 
-def require_order(order: int, largest: int = MAX_ORDER) -> None:
+def forecast_weights(steps: Sequence[int], step: float, order: float) -> list[float]:
+    """Weights of values at `steps` in their forecast for `step`, of `order` or the largest that they allow."""
+    order = min(order, len(steps) - 1)
+    low = math.floor(order)
+    repeated, continued = (_through(steps, step, degree) for degree in (low, math.ceil(order)))
+    return [a + (order - low) * (b - a) for a, b in zip(repeated, continued)]
+
+
+def _through(steps: Sequence[int], step: float, degree: int) -> list[float]:
+    last = steps[-degree - 1 :]
+    return [0.0] * (len(steps) - len(last)) + lagrange_weights(last, step)
+
+
+def require_order(order: float, largest: int = MAX_ORDER) -> None:
     """Raise `ValueError` unless `forecast_order` is one that is accepted."""
     if not 0 <= order <= largest:
         raise ValueError(f"forecast_order is {order}; accepted: 0 to {largest}")
@@ -41,10 +56,11 @@ class History:
     """The last full steps of one kind of call.
 
     Args:
-        order: Of the polynomial; order + 1 full steps are kept. 0 repeats the newest, bit for bit.
+        order: Of the polynomial; as many full steps and one are kept. 0 repeats the newest, bit for bit; a fraction
+            mixes the polynomials of the whole numbers around it.
     """
 
-    order: int = 0
+    order: float = 0
     kept: list[tuple[int, Any]] = field(default_factory=list)
 
     @property
@@ -54,7 +70,7 @@ class History:
 
     def add(self, step: int, value: Any) -> None:
         """A full step: `value` is tensors inside of tuples, lists and dicts."""
-        self.kept = [*self.kept[-self.order :], (step, value)] if self.order else [(step, value)]
+        self.kept = [*self.kept[-math.ceil(self.order) :], (step, value)] if self.order else [(step, value)]
 
     def at(self, step: int) -> Any:
         """The forecast for a step, in the form of what was kept. Tensors without numbers stay as they are."""
@@ -64,7 +80,7 @@ class History:
         alike = [(s, values) for s, values in known if [v.shape for v in values] == [v.shape for v in newest]]
         if len(alike) == 1:
             return self.newest
-        weights = lagrange_weights([s for s, _ in alike], step)
+        weights = forecast_weights([s for s, _ in alike], step, self.order)
         done: dict[int, torch.Tensor] = {}  # a tensor that occurs twice stays one
         for values in zip(*(values for _, values in alike)):
             if id(values[-1]) not in done:

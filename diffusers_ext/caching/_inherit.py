@@ -80,7 +80,7 @@ class InheritRoot(RunHook[History]):
         order: Of the forecast from full steps.
     """
 
-    def __init__(self, is_full: Callable[[int], bool], shared: Shared, watched: int, order: int):
+    def __init__(self, is_full: Callable[[int], bool], shared: Shared, watched: int, order: float):
         super().__init__(RunTracker(lambda: History(order)))
         self.is_full, self.shared, self.watched = is_full, shared, watched
         self.position: Position[History] | None = None

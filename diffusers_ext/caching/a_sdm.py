@@ -125,6 +125,7 @@ class FeatureInheritanceConfig(MethodConfig):
         forecast_order: What is inherited: 0 (default), the features of the last computed step, as in the paper;
             1 or 2, their forecast, the line or parabola through the last two or three computed steps. For samplers
             that add no noise, 1 stays much closer to the run without inheritance at the same cost, but for memory.
+            Fractions mix their neighbours: 0.5 is half of the trend.
 
     Raises:
         ValueError: Values out of range; on `apply`, unknown names, units without a residual branch, a transformer in
@@ -153,7 +154,7 @@ class FeatureInheritanceConfig(MethodConfig):
     dense_fraction: float = 0.2
     seed: int = 0
     num_inference_steps: int | None = None
-    forecast_order: int = 0
+    forecast_order: float = 0
 
     def __post_init__(self) -> None:
         require_types(self)

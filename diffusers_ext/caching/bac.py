@@ -274,7 +274,7 @@ class BACConfig(MethodConfig):
         forecast_order: What a sub-block gives in between: 0 (default), the output of its last update, as in the paper;
             1 or 2, its forecast, the line or parabola through its last two or three updates. For samplers that add no
             noise, and updates at equal distances, 1 stays closer to the run without a cache at nearly the same cost,
-            but for memory.
+            but for memory. Fractions mix their neighbours: 0.5 is half of the trend.
 
     Raises:
         ValueError: Values out of range; on `apply`, a UNet, a model without such sub-blocks or with others than the
@@ -299,7 +299,7 @@ class BACConfig(MethodConfig):
     num_inference_steps: int | None = None
     rescale: bool = False
     origin: Mapping[str, Any] | None = None
-    forecast_order: int = 0
+    forecast_order: float = 0
 
     def __post_init__(self) -> None:
         require_types(self)

@@ -161,6 +161,7 @@ class DeepCacheConfig(MethodConfig):
         forecast_order: What stands in for the deeper layers: 0 (default), the stored feature as it is, as in the
             paper; 1 or 2, its forecast, the line or parabola through the last two or three stored ones. For samplers
             that add no noise, 1 stays much closer to the run without a cache at the same cost, but for memory.
+            Fractions mix their neighbours: 0.5 is half of the trend.
 
     Raises:
         ValueError: Values out of range; on `apply`, a model without skip connections or such a branch.
@@ -187,7 +188,7 @@ class DeepCacheConfig(MethodConfig):
     center: float = 15
     pow: float = 1.4
     num_inference_steps: int | None = None
-    forecast_order: int = 0
+    forecast_order: float = 0
 
     def __post_init__(self) -> None:
         require_types(self)

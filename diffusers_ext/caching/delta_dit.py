@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,7 +159,7 @@ class Plan:
     boundary: int
     order: str
     store: str
-    forecast_order: int = 0
+    forecast_order: float = 0
     start_step: int = 1
 
     def call(self, store: Store, calls: int, step: int) -> Call:
@@ -188,7 +189,7 @@ class Plan:
         In the warm-up that is what its last step keeps, if as many as the forecast reaches back come before it.
         """
         last = max(step, self.start_step - 1)
-        intervals = 1 + self.forecast_order - (last - step)  # that look back at this step
+        intervals = 1 + math.ceil(self.forecast_order) - (last - step)  # that look back at this step
         if self.interval == 1 or intervals < 1:
             return ()
         steps = [last] if self.store == "active" else range(last + 1, last + self.interval * intervals)
@@ -358,7 +359,8 @@ class DeltaDiTConfig(MethodConfig):
         num_inference_steps: Steps of the run; read from the scheduler when applied to a pipeline.
         forecast_order: What is added: 0 (default), the change of the last full step, as in the paper; 1 or 2, its
             forecast, the line or parabola through those of the last two or three full steps. For samplers that add
-            no noise, 1 stays closer to the run without a cache at the same cost, but for memory.
+            no noise, 1 stays closer to the run without a cache at the same cost, but for memory. Fractions mix their
+            neighbours: 0.5, half of the trend, is closer still where intervals are long.
         start_step: First step that may be reused, from 1. Default 1, as in the paper; steps before it are computed in
             full, the last of them begins the first interval. A later start saves less and stays closer.
 
@@ -386,7 +388,7 @@ class DeltaDiTConfig(MethodConfig):
     span_order: str = "rear_then_front"
     store: str = "both"
     num_inference_steps: int | None = None
-    forecast_order: int = 0
+    forecast_order: float = 0
     start_step: int = 1
 
     def __post_init__(self) -> None:

@@ -338,7 +338,7 @@ class FasterDiffusionConfig(MethodConfig):
         forecast_order: What the decoder gets between key steps: 0 (default), the features of the last one, as in the
             paper; 1 or 2, their forecast, the line or parabola through the last two or three key steps. For samplers
             that add no noise, and key steps close to each other, this stays much closer to the run without the
-            method at the same cost, but for memory. Needs `max_parallel=1`.
+            method at the same cost, but for memory. Fractions mix their neighbours. Needs `max_parallel=1`.
 
     Raises:
         ValueError: Values out of range; on `apply`, a model without an encoder and a decoder, or a two-stage scheduler
@@ -362,7 +362,7 @@ class FasterDiffusionConfig(MethodConfig):
     max_parallel: int = 1
     freeze_control: bool = False
     num_inference_steps: int | None = None
-    forecast_order: int = 0
+    forecast_order: float = 0
 
     def __post_init__(self) -> None:
         require_types(self)

@@ -251,10 +251,7 @@ class _RootHook(RunHook[Cache]):
     def begin_call(self, position: Position[Cache]) -> None:
         step, cache = self.tracker.run_step, position.state
         index = self.regions.active(step, self.batch) if cache.output is not None else None
-        plan = self.regions.plan
-        if not plan.keeps(step):
-            cache.clear()
-        self.shared.call = Call(cache, index, plan.keeps(step), self.regions.tokens, plan.now(step), plan.reuse_text)
+        self.shared.call = self.regions.plan.call(cache, index, self.regions.tokens, step)
 
     def end_call(self) -> None:
         if self.shared.call.index is None:
@@ -281,7 +278,9 @@ class _RootHook(RunHook[Cache]):
         with self.aside():
             for count in (None, *self.reused):
                 index = torch.empty(_batch(*self.arguments), count or 0, dtype=torch.long, device="meta")
-                self.shared.call = Call(cache, index if count else None, True, self.regions.tokens, None, self.config.reuse_text)
+                self.shared.call = Call(
+                    cache, index if count else None, True, self.regions.tokens, reuse_text=self.config.reuse_text
+                )
                 counts[count] = macs_on_meta(model, self.arguments)
         return counts
 
@@ -362,10 +361,11 @@ class RASConfig(MethodConfig):
         num_inference_steps: Steps of the run; None reads them from the scheduler.
         forecast_order: What stands in for a token that is left out: 0 (default), its last values, as in the paper; 1,
             the line through its last two. For samplers that add no noise, 1 with a later `start_step` and every
-            second or third step among `error_reset_steps` stays much closer for as many operations.
+            second or third step among `error_reset_steps` stays much closer for as many operations. A fraction is the
+            share of the trend that is continued.
         reuse_text: Whether steps that leave out image tokens leave out the text tokens (but one) too, whose keys and
-            values then stand in as those of image tokens do. The default, False, computes them at every step, as in the
-            paper. Changes nothing where text is only attended to (PixArt) or there is none (DiT).
+            values then stand in as those of image tokens do. The default, False, computes them at every step, as in
+            the paper. Changes nothing where text is only attended to (PixArt) or there is none (DiT).
 
     Raises:
         ValueError: Values out of range; on `apply`, an unsupported model or scheduler, or no pipeline; Stable
@@ -398,7 +398,7 @@ class RASConfig(MethodConfig):
     skip_num_step_length: int = 0
     patch_size: int | None = None
     num_inference_steps: int | None = None
-    forecast_order: int = 0
+    forecast_order: float = 0
     reuse_text: bool = False
 
     def __post_init__(self) -> None:
@@ -433,7 +433,9 @@ class RASConfig(MethodConfig):
             raise ValueError(f"error_reset_steps is {list(resets)}; a run of {steps} steps accepts 0 to {steps - 1}")
         end = steps - 1 if self.end_step is None else min(self.end_step, steps - 1)
         dynamic = (self.skip_num_step, self.skip_num_step_length)
-        return Plan(steps, self.start_step, end, resets, self.sample_ratio, *dynamic, self.forecast_order, self.reuse_text)
+        return Plan(
+            steps, self.start_step, end, resets, self.sample_ratio, *dynamic, self.forecast_order, self.reuse_text
+        )
 
     def regions(self, steps: int, patch: int) -> Regions:
         """The choice of tokens in a run of `steps` steps on tokens of `patch` x `patch` latent pixels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -75,7 +76,7 @@ class Plan:
     ratio: float
     change: int = 0
     every: int = 0
-    forecast_order: int = 0
+    forecast_order: float = 0
     reuse_text: bool = False
 
     def skipped(self, step: int, tokens: int) -> int:
@@ -90,11 +91,15 @@ class Plan:
 
     def keeps(self, step: int) -> bool:
         """Must this step leave keys, values and outputs for the next ones?"""
-        return any(self.skipped(step + ahead, 1 << 30) for ahead in range(2 + self.forecast_order))
+        return any(self.skipped(step + ahead, 1 << 30) for ahead in range(2 + math.ceil(self.forecast_order)))
 
-    def now(self, step: int) -> torch.Tensor | None:
-        """The step as a forecast needs it, None where tokens are repeated."""
-        return torch.tensor(float(step)) if self.forecast_order else None
+    def call(self, cache: Cache, index: torch.Tensor | None, tokens: int, step: int) -> Call:
+        """A pass of the model at a step; see `Call`."""
+        keep = self.keeps(step)
+        if not keep:
+            cache.clear()
+        now = torch.tensor(float(step)) if self.forecast_order else None
+        return Call(cache, index, keep, tokens, now, self.forecast_order, self.reuse_text)
 
 
 @dataclass
@@ -198,6 +203,7 @@ class Call:
         keep: Whether keys, values and outputs are kept.
         tokens: Tokens that the index chooses from. What a model appends to them is always computed.
         now: Step of the run if tokens that are left out are forecast, None if they are repeated.
+        order: Of the forecast, up to 1: the share of the trend that is continued.
         reuse_text: Whether text tokens but the first are left out wherever image tokens are.
     """
 
@@ -206,6 +212,7 @@ class Call:
     keep: bool
     tokens: int
     now: torch.Tensor | None = None
+    order: float = 1
     reuse_text: bool = False
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     _places: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -286,9 +293,7 @@ class Call:
         self._reached(len(new[0]), new[0].device, None)
         return Known(new, tuple(tensor.clone() for tensor in new) if known is None else known.newest)
 
-    def _standing(
-        self, known: Known, rows: torch.Tensor, new: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]:
+    def _standing(self, known: Known, rows: torch.Tensor, new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """What stands for all tokens after `rows` were computed."""
         known.update(rows, new)
         whole = known.newest
@@ -306,7 +311,8 @@ class Call:
             before = newest if rows is None else before.index_copy(0, rows, newest[rows])
             newest = now if rows is None else newest.index_copy(0, rows, now[rows])
             self.cache.steps[count] = newest, before
-            self._reach[count] = torch.where(newest > before, (now - before) / (newest - before), 1.0)
+            ahead = torch.where(newest > before, (now - newest) / (newest - before), 0.0)
+            self._reach[count] = 1 + self.order * ahead
         return self._reach[count]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,16 +70,26 @@ def test_every_peer_changes_pictures_and_comes_off(name):
 
 
 def test_equal_quality_in_small(tmp_path, monkeypatch):
-    """The first pair of each model, one picture: its figures, and the chart of their times."""
+    """One setting of each model beside two of its peers', one picture: figures, and the chart of their times."""
     pytest.importorskip("DeepCache")
-    first = {name: next(equal_quality._pairs(name)) for name in equal_quality.STEPS}
+    few = {
+        kind: {name: list(itertools.islice(getattr(equal_quality, kind)(name), count)) for name in equal_quality.STEPS}
+        for kind, count in (("ours", 1), ("peers", 2))
+    }
+    for kind, settings in few.items():
+        monkeypatch.setattr(equal_quality, kind, settings.get)
     monkeypatch.setattr(equal_quality, "STEPS", {"shapes-unet": 6, "shapes-dit": 10})
-    monkeypatch.setattr(equal_quality, "PICTURES", {64: 1, 128: 1})
-    monkeypatch.setattr(equal_quality, "TIMED_PICTURES", {64: 1, 128: 1})
-    monkeypatch.setattr(equal_quality, "PAIRS", 1)
-    monkeypatch.setattr(equal_quality, "_pairs", lambda name: iter([first[name]]))
+    for name in ("PICTURES", "TIMED_PICTURES", "PAIRS"):
+        monkeypatch.setattr(equal_quality, name, 1)
     found = equal_quality.bench(tmp_path)
     assert all(len(row) == len(found["columns"]) for row in found["rows"])
     ours, peer = found["rows"][0][2:4], found["rows"][0][5:7]
     assert ours == peer, "DeepCache and its published helper draw the same pictures with the same operations"
     assert found["picture"].stat().st_size > 5000
+
+
+def test_the_cheapest_peer_that_is_as_close():
+    known = [equal_quality.Setting(name, None, *of) for name, of in {"far": (30, 0.2), "dear": (50, 0.9)}.items()]
+    known += [equal_quality.Setting("right", None, 41, 0.5), equal_quality.NOTHING]
+    chosen = [equal_quality.cheapest(known, psnr).name for psnr in (25, 40, 41.04, 41.06, 60)]
+    assert chosen == ["far", "right", "right", "dear", equal_quality.NOTHING.name]

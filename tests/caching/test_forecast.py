@@ -18,7 +18,7 @@ from diffusers_ext import (
     FeatureInheritanceConfig,
     zoo,
 )
-from diffusers_ext.caching._forecast import History, lagrange_weights
+from diffusers_ext.caching._forecast import History, forecast_weights, lagrange_weights
 from diffusers_ext.eval import mean_psnr
 from diffusers_ext.registry import list_methods
 
@@ -48,6 +48,21 @@ def test_a_history_continues_its_trend(order):
     known = np.array([0, 2, 3, 5])[-order - 1 :]
     expected = np.polyval(np.polyfit(known, known**3, order), 7)
     assert value[1].item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("order", [0.3, 1.0, 1.5, 2.0])
+def test_fractions_mix_their_neighbours(order):
+    """In between of the polynomials that numpy fits through the last one, two or three values."""
+    steps, values = [0, 2, 3, 5], [1.0, -2.0, 4.0, 3.0]
+    history = History(order)
+    for step, value in zip(steps, values):
+        history.add(step, torch.tensor(value, dtype=torch.float64))
+    low, high = int(order), int(np.ceil(order))
+    ends = [np.polyval(np.polyfit(steps[-d - 1 :], values[-d - 1 :], d), 7) for d in (low, high)]
+    assert history.at(7).item() == pytest.approx(ends[0] + (order - low) * (ends[1] - ends[0]), rel=1e-9)
+    assert len(history.kept) == high + 1
+    assert forecast_weights([4], 7, order) == [1.0], "as much as the steps allow"
+    assert forecast_weights([3, 4], 7, order) == forecast_weights([3, 4], 7, min(order, 1))
 
 
 def test_order_zero_repeats_the_newest_itself():
@@ -95,7 +110,7 @@ def test_half_precision_is_rounded_once(dtype):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("order", [-1, 3])
+@pytest.mark.parametrize("order", [-1, -0.1, 2.1, 3])
 def test_other_orders_are_refused(config, order):
     with pytest.raises(ValueError, match=f"forecast_order is {order}; accepted: 0 to "):
         config(forecast_order=order)
@@ -134,6 +149,20 @@ def test_a_line_is_closer_at_the_same_cost(pipes, name, config, gain):
             closeness.append(mean_psnr(draw(), reference))
             saved.append(next(iter(handle.summary().values()))["macs_saved"])
     assert closeness[1] > closeness[0] + gain and saved[1] == saved[0] > 0
+
+
+@pytest.mark.parametrize("interval, start", [(4, 5), (5, 4)])
+def test_half_of_a_trend_is_closer_where_forecasts_reach_far(pipes, interval, start):
+    pipe, captions = pipes["shapes-dit"], zoo.held_out(4).captions
+
+    def draw():
+        return zoo.generate(pipe, captions, num_inference_steps=20)
+
+    reference, closeness = draw(), {}
+    for order in (0, 0.3, 1):
+        with diffusers_ext.apply(pipe, DeltaDiTConfig(interval, 11, start_step=start, forecast_order=order)):
+            closeness[order] = mean_psnr(draw(), reference)
+    assert closeness[0.3] > max(closeness[0], closeness[1]) + 0.5, closeness
 
 
 def test_noise_has_no_trend():

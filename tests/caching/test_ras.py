@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -185,7 +186,7 @@ def test_a_part_equals_the_same_part_of_the_whole(name, patch, size, batch, reus
         plain = _call(name, model, x, t, batch)
         outputs = []
         for chosen in (None, index):
-            hook.shared.call = Call(cache, chosen, True, count, None, reuse_text)
+            hook.shared.call = Call(cache, chosen, True, count, reuse_text=reuse_text)
             outputs.append(_call(name, model, x, t, batch))
             # What was not computed comes from the cache: without it, only the computed tokens may agree.
             cache.output = Known((torch.full_like(cache.output.newest[0], 9.0),))
@@ -221,7 +222,7 @@ def test_ratio_one_is_exact_and_nothing_stays(name):
 def on_the_line(seen, i):
     """The straight line through the last two (step, noise) of one token, at step i; one alone is repeated."""
     (a, u), (b, v) = ([seen[-1], *seen])[-2:]
-    return v if a == b else u + (v - u) * (i - a) / (b - a)
+    return v if a == b else v + (v - u) * (i - b) / (b - a)
 
 
 def by_the_paper(target, x, steps, start, ratio, resets, order=0):
@@ -242,17 +243,17 @@ def by_the_paper(target, x, steps, start, ratio, resets, order=0):
                     known = seen.setdefault((picture, token), [])
                     if index is None or token in index[picture]:
                         # Steps long before the first that leaves out tokens are not kept.
-                        if index is not None or i >= start - 1 - order:
+                        if index is not None or i >= start - 1 - math.ceil(order):
                             known.append((i, part.clone()))
                     else:
-                        part.copy_(on_the_line(known, i) if order else known[-1][1])
+                        part.copy_(torch.lerp(known[-1][1], on_the_line(known, i), order))
             regions.observe(noise, i)
             x = scheduler.step(noise, t, x).prev_sample
     return x
 
 
 @pytest.mark.parametrize("start", [1, 3])
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0.0, 0.6, 1.0])
 def test_equals_the_algorithm_written_out(order, start):
     """On a DiT whose attention is turned off, so that keys and values do not matter."""
     target = _transformer("dit")
@@ -274,9 +275,7 @@ def test_forecast_keys_and_values_are_exact_on_lines(dtype):
     for step in range(12):
         whole = start + step * slope
         index = torch.stack([torch.randperm(8)[:2].sort().values for _ in range(2)]) if plan.skipped(step, 8) else None
-        if not plan.keeps(step):
-            cache.clear()
-        call = Call(cache, index, plan.keeps(step), 8, plan.now(step))
+        call = plan.call(cache, index, 8, step)
         part = whole
         if index is not None:
             places = torch.cat([torch.arange(3).expand(2, -1), index + 3], 1)
@@ -333,7 +332,7 @@ def test_counted_tokens_and_operations(words):
         hook, parts = _hook(target), {}
         hook.paused, cache = True, Cache()
         for index in (None, torch.arange(4)[None]):
-            hook.shared.call = Call(cache, index, True, 16, None, words == 1)
+            hook.shared.call = Call(cache, index, True, 16, reuse_text=words == 1)
             parts[index is None] = macs_by_module(_FluxCall(target.transformer), torch.randn(1, 4, 8, 8), depth=5)
         hook.shared.call = None
     handle.remove()

@@ -210,7 +210,7 @@ def test_a_part_equals_the_same_part_of_the_whole(name, reuse_text, native_pipe,
     full = Call(store, None, True, 20)
     assert torch.equal(full.complete(run(full)), plain)
     index = torch.tensor([[0, 3, 4, 17], [1, 2, 18, 19]])
-    part = Call(store, index, True, 20, None, reuse_text)
+    part = Call(store, index, True, 20, reuse_text=reuse_text)
     computed = part.gather(run(part))
     torch.testing.assert_close(computed, part.gather(plain), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(part.complete(computed), plain, atol=1e-4, rtol=1e-3)
