@@ -118,11 +118,12 @@ def tuned(record: MethodRecord) -> tuple[str, dict[str, Any]]:
         keys = (2, 3, 4)
         return "parabola", {f"key steps {k}, parabola": record.public(k, forecast_order=2) for k in keys}
     if record.slug == "ras":
-        return "warm-up", dict(_in_turns(record, *turn) for turn in TURNS)
+        text = {f"{r:.0%} of tokens, text reused": record.public(r, reuse_text=True) for r in RATIOS}
+        return "tuned", text | dict(in_turns(record, *turn) for turn in TURNS)
     return "", {}
 
 
-def _in_turns(record: MethodRecord, start: int, every: int, order: float, text: bool) -> tuple[str, Any]:
+def in_turns(record: MethodRecord, start: int, every: int, order: float, text: bool) -> tuple[str, Any]:
     """RAS on 20 steps of which only some leave out tokens."""
     name = f"6%, from step {start}, every {('2nd', '3rd')[every - 2]} in full{ending(order)}" + ", text reused" * text
     resets = range(start + every - 1, 20, every)

@@ -1,8 +1,8 @@
 """Caches against their peers at equal quality: our settings, each beside the cheapest one of a peer that is as close.
 
-Peers are the published helper of DeepCache, and diffusers' first-block cache, MagCache and TaylorSeer, at many settings
-of the dials that they have. Ours and the peer's run in turn, so that the ratio of their times is free of what else the
-machine does.
+Peers are the published helper of DeepCache, and diffusers' first-block cache, MagCache and TaylorSeer, at many
+settings of the dials that they have. Ours and the peer's run in turn, so that the ratio of their times is free of what
+else the machine does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 import diffusers_ext
 from benchmarks.bac import UPDATES
-from benchmarks.cache import FORECAST, ending, first_block, helper, tuned
+from benchmarks.cache import FORECAST, TURNS, ending, first_block, helper, in_turns, tuned
 from benchmarks.frontier import CalibratedBAC, MagCache
 from diffusers_ext import DeepCacheConfig, FasterDiffusionConfig, FeatureInheritanceConfig, zoo
 from diffusers_ext.eval import count_macs, mean_psnr, paired_ratio
@@ -64,10 +64,12 @@ def ours(name: str) -> Iterator[Setting]:
         for k in (2, 3):
             yield setting(f"faster-diffusion, key steps {k}, parabola", FasterDiffusionConfig(k, forecast_order=2))
         return
-    for slug in ("delta-dit", "ras"):
-        for label, config in tuned(get_method(slug))[1].items():
-            if config.forecast_order and getattr(config, "reuse_text", True):
-                yield setting(f"{slug}, {label}", config)
+    for label, config in tuned(get_method("delta-dit"))[1].items():
+        yield setting(f"delta-dit, {label}", config)
+    for turn in TURNS:
+        label, config = in_turns(get_method("ras"), *turn)
+        if config.reuse_text:
+            yield setting(f"ras, {label}", config)
     bac = CalibratedBAC(STEPS[name])
     for updates in UPDATES:
         yield Setting(f"bac, calibrated, M = {updates}{ending(0.5)}", lambda p, m=updates: bac.turned_on(p, m, 0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,9 +86,11 @@ def large_rows(record: MethodRecord) -> Iterator[list[str]]:
 def real_size(record: MethodRecord) -> Iterator[list[str]]:
     """Transformers of real size, down to the strength that the paper's largest gain was made with."""
     for name, steps in TRANSFORMER_STEPS.items():
-        for percent in (50, 25, 12.5):
-            costs = real_transformer(name, RASConfig(percent / 100), steps)
-            yield [f"{name} size, random weights", f"{percent:.4g}% of tokens", *costs, "", ""]
+        joint = name == "Stable Diffusion 3"  # PixArt's image tokens share their attention with no text
+        for percent, text in itertools.product((50, 25, 12.5), (False, True) if joint else (False,)):
+            costs = real_transformer(name, RASConfig(percent / 100, reuse_text=text), steps)
+            setting = f"{percent:.4g}% of tokens" + ", text reused" * text
+            yield [f"{name} size, random weights", setting, *costs, "", ""]
 
 
 def notes(record: MethodRecord) -> str:
