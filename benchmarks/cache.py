@@ -35,7 +35,7 @@ BATCHED = "50ls"
 # Delta-DiT: interval, first step that may be reused, order of the forecast.
 WARM_UPS = ((2, 7, 0.7), (2, 5, 0.7), (3, 6, 0.5), (4, 5, 0.3), (5, 4, 0.3))
 # RAS: first step that may leave out tokens, every how many steps one is in full, order of the forecast, text reused.
-TURNS = ((7, 2, 0, False), (7, 2, 1, False), (7, 2, 1, True), (5, 2, 0.7, True), (6, 3, 0.5, True))
+TURNS = ((7, 2, 0, False), (7, 2, 1, False), (7, 2, 1, True), (8, 3, 0.7, True), (6, 3, 0.5, True))
 RAS_SHARE = 1 / 16
 UNET = "SD 1.5 size, random weights"
 TRANSFORMER_STEPS = {"PixArt-alpha": 20, "Stable Diffusion 3": 28}

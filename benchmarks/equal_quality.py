@@ -59,7 +59,7 @@ def ours(name: str) -> Iterator[Setting]:
         yield setting("deepcache, N = 2", DeepCacheConfig(2))
         for n in (2, 3, 5):
             yield setting(f"deepcache, N = {n}{FORECAST}", DeepCacheConfig(n, forecast_order=1))
-        for n in (2, 3, 5):
+        for n in (2, 3):
             yield setting(f"a-sdm, N = {n}{FORECAST}", FeatureInheritanceConfig(interval=n, forecast_order=1))
         for k in (2, 3):
             yield setting(f"faster-diffusion, key steps {k}, parabola", FasterDiffusionConfig(k, forecast_order=2))
