@@ -37,7 +37,7 @@ from diffusers_ext.registry import MethodRecord, get_method, list_methods  # noq
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
 FIELDS = {"columns", "rows", "notes", "picture"}
-JOINT = ("solvers", "frontier", "equal_quality", "calibrations", "adapters")
+JOINT = ("solvers", "frontier", "equal_quality", "forecasts", "calibrations", "adapters")
 
 
 def module_of(record: MethodRecord) -> ModuleType:

@@ -16,7 +16,7 @@ from diffusers_ext.registry import list_methods
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import equal_quality, frontier
+from benchmarks import equal_quality, forecasts, frontier
 from benchmarks.cache import FORECAST
 
 
@@ -93,3 +93,15 @@ def test_the_cheapest_peer_that_is_as_close():
     known += [equal_quality.Setting("right", None, 41, 0.5), equal_quality.NOTHING]
     chosen = [equal_quality.cheapest(known, psnr).name for psnr in (25, 40, 41.04, 41.06, 60)]
     assert chosen == ["far", "right", "right", "dear", equal_quality.NOTHING.name]
+
+
+def test_forecasts_in_small(tmp_path, monkeypatch):
+    """One setting of each model, one picture: a value for every order measured, and the chart."""
+    few = {name: list(itertools.islice(forecasts.settings(name), 1)) for name in forecasts.STEPS}
+    monkeypatch.setattr(forecasts, "settings", few.get)
+    monkeypatch.setattr(forecasts, "STEPS", {"shapes-unet": 6, "shapes-dit": 10})
+    monkeypatch.setattr(forecasts, "PICTURES", {"shapes-unet": 1, "shapes-dit": 1})
+    found = forecasts.bench(tmp_path)
+    for row in found["rows"]:
+        assert len(row) == len(found["columns"]) and sum(map(bool, row[2:])) == len(forecasts.ORDERS[row[0]])
+    assert found["picture"].stat().st_size > 5000
