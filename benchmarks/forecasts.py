@@ -93,14 +93,15 @@ def plot(found: dict[str, dict[str, dict[float, float]]], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(found), figsize=(12, 5.5), dpi=110)
-    markers = itertools.cycle("osD^v<>*PX")
+    figure, panels = pyplot.subplots(1, len(found), figsize=(12, 6.5), dpi=110)
+    looks = itertools.product("osD^v", pyplot.get_cmap("tab10").colors[:5])
     for axes, (name, settings_of_model) in zip(panels, found.items()):
         for label, curve in settings_of_model.items():
-            axes.plot(list(curve), list(curve.values()), marker=next(markers), ms=4, lw=1, label=label)
+            marker, color = next(looks)
+            axes.plot(list(curve), list(curve.values()), marker=marker, color=color, ms=4, lw=1, label=label)
         axes.set(title=name, xlabel="order of the forecast", ylabel="PSNR to the run without a cache, dB")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
