@@ -152,8 +152,8 @@ def test_a_line_is_closer_at_the_same_cost(pipes, name, config, gain):
 
 
 @pytest.mark.parametrize("interval, start", [(4, 5), (5, 4)])
-def test_half_of_a_trend_is_closer_where_forecasts_reach_far(pipes, interval, start):
-    pipe, captions = pipes["shapes-dit"], zoo.held_out(4).captions
+def test_a_part_of_a_trend_is_closer_where_forecasts_reach_far(pipes, interval, start):
+    pipe, captions = pipes["shapes-dit"], zoo.held_out(8).captions
 
     def draw():
         return zoo.generate(pipe, captions, num_inference_steps=20)
@@ -162,7 +162,7 @@ def test_half_of_a_trend_is_closer_where_forecasts_reach_far(pipes, interval, st
     for order in (0, 0.3, 1):
         with diffusers_ext.apply(pipe, DeltaDiTConfig(interval, 11, start_step=start, forecast_order=order)):
             closeness[order] = mean_psnr(draw(), reference)
-    assert closeness[0.3] > max(closeness[0], closeness[1]) + 0.5, closeness
+    assert closeness[0.3] > closeness[0] + 0.3 and closeness[0.3] > closeness[1] + 2, closeness
 
 
 def test_noise_has_no_trend():
