@@ -1,6 +1,6 @@
 """How much of a trend caches should continue: closeness to the run without a cache over the order of their forecasts.
 
-The captions are others than those of all further tables, so that settings can be chosen by these curves.
+The captions are others than those of all other tables of caches, so that settings can be chosen by these curves.
 """
 
 from __future__ import annotations

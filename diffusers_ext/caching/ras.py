@@ -34,7 +34,7 @@ from ._common import (
     steps_of,
 )
 from ._forecast import require_order
-from .ras_tokens import Cache, Call, Plan, Regions
+from .ras_tokens import Cache, Call, Plan, Regions, rotate
 
 
 __all__ = ["RASConfig"]
@@ -83,14 +83,6 @@ def attention_layers(model: torch.nn.Module, layout: Layout) -> list[torch.nn.Mo
     blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
     blocks = [getattr(block, "_orig_mod", block) for block in blocks]
     return [getattr(b, n) for b in blocks for n in layout.attention if getattr(b, n, None) is not None]
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `[M, H, S, D]` by tables `[M, S, D]` or `[1, S, D]` whose neighbours are a pair."""
-    x = x.transpose(1, 2)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-second, first], -1).flatten(-2)
-    return (x.float() * cos[:, :, None] + turned.float() * sin[:, :, None]).to(x.dtype).transpose(1, 2)
 
 
 class _WholeKeys(TorchFunctionMode):

@@ -324,3 +324,11 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """`[M, ..., S, D]` -> `[M * S, ..., D]`."""
     return tensor.movedim(-2, 1).flatten(0, 1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of `[M, H, S, D]` by tables `[M, S, D]` or `[1, S, D]` whose neighbours are a pair."""
+    x = x.transpose(1, 2)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-second, first], -1).flatten(-2)
+    return (x.float() * cos[:, :, None] + turned.float() * sin[:, :, None]).to(x.dtype).transpose(1, 2)

@@ -362,18 +362,18 @@ def test_larger_ratios_are_more_faithful(pipe):
     assert scores[0] > scores[1] + 1, scores
 
 
+def draw(pipe, config):
+    """Two pictures, and the share of operations that was saved."""
+    with diffusers_ext.apply(pipe, config) as handle:
+        images = zoo.generate(pipe, zoo.held_out(2).captions, num_inference_steps=20)
+        return images, handle.summary()["ras"].get("macs_saved")
+
+
 def test_forecasts_are_closer(pipe):
     """At the same operations, with steps in between that compute everything."""
-    captions = zoo.held_out(2).captions
-
-    def draw(config):
-        with diffusers_ext.apply(pipe, config) as handle:
-            images = zoo.generate(pipe, captions, num_inference_steps=20)
-            return images, handle.summary()["ras"].get("macs_saved")
-
-    (reference, _), scores, saved = draw(RASConfig(1.0)), [], []
+    (reference, _), scores, saved = draw(pipe, RASConfig(1.0)), [], []
     for order in (0, 1):
-        images, share = draw(RASConfig(0.125, 6, error_reset_steps=range(7, 20, 2), forecast_order=order))
+        images, share = draw(pipe, RASConfig(0.125, 6, error_reset_steps=range(7, 20, 2), forecast_order=order))
         scores.append(mean_psnr(images, reference))
         saved.append(share)
     assert scores[1] > scores[0] + 2 and saved[0] == saved[1], (scores, saved)
@@ -381,17 +381,10 @@ def test_forecasts_are_closer(pipe):
 
 def test_text_costs_more_than_it_gives(pipe):
     """Leaving out the text tokens too saves a tenth of the run and moves pictures by less than RAS does."""
-    captions = zoo.held_out(2).captions
-
-    def draw(config):
-        with diffusers_ext.apply(pipe, config) as handle:
-            images = zoo.generate(pipe, captions, num_inference_steps=20)
-            return images, handle.summary()["ras"].get("macs_saved")
-
     plan = {"error_reset_steps": range(8, 20, 2), "forecast_order": 1}
-    reference, _ = draw(RASConfig(1.0))
-    computed, saved = draw(RASConfig(0.0625, 7, **plan))
-    reused, more = draw(RASConfig(0.0625, 7, **plan, reuse_text=True))
+    reference, _ = draw(pipe, RASConfig(1.0))
+    computed, saved = draw(pipe, RASConfig(0.0625, 7, **plan))
+    reused, more = draw(pipe, RASConfig(0.0625, 7, **plan, reuse_text=True))
     assert mean_psnr(reused, computed) > mean_psnr(computed, reference) + 6
     assert mean_psnr(reused, reference) > mean_psnr(computed, reference) - 0.5
     assert more > saved + 0.07, (saved, more)
